@@ -1,0 +1,361 @@
+"""The one typed configuration: every setting, its default and its rule live here and nowhere else.
+
+``load_config(path, overrides)`` reads YAML, applies ``key=value`` overrides, refuses unknown keys (naming the nearest
+known one) and values out of range, and returns a frozen :class:`Config`. Imports neither torch nor megatron.core.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_mopd.settings import ConfigurationError, explain, merge, nearest, read_yaml
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, tree: Any) -> Any:
+        """pydantic would read true as 1, and YAML reads yes and on as true."""
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields:
+                types = get_args(cls.model_fields[name].annotation) or (cls.model_fields[name].annotation,)
+                if bool not in types and not {int, float}.isdisjoint(types):
+                    raise ValueError(f"{name} = {str(value).lower()}: a number is needed, not a switch")
+        return tree
+
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Model(Section):
+    preset: Literal["tiny", "nano-30b-a3b", "super-120b-a12b", "ultra-550b-a55b"] = "tiny"
+    """Published dimensions to build; see megatron_mopd.presets."""
+    pattern: str | None = None
+    """Layer pattern with MTP segments, such as ``M*E-/*E/*E``; the preset's when left out."""
+    override: dict[str, Any] = {}
+    """Fields of mcore's TransformerConfig by name, checked against mcore's own; recompute options go here."""
+    vocab_size: int | None = Field(default=None, gt=0)
+    """Rows of the embedding before padding to a multiple for tensor parallelism; the tokenizer's when left out."""
+    max_sequence_length: int = Field(default=256, gt=1)
+    """Context length in tokens; a longer prompt is an error."""
+    initial: Path | None = None
+    """Megatron checkpoint directory the weights start from; random (from run.seed) when left out."""
+    train_router: bool = False
+    """Whether router weights are trained. False in MOPD (the released recipe freezes the router)."""
+    update_expert_bias: bool = False
+    """Whether mcore moves the router's expert bias after each optimizer step."""
+
+
+class Parallel(Section):
+    tensor: int = Field(default=1, ge=1)
+    expert: int = Field(default=1, ge=1)
+    expert_tensor: int = Field(default=1, ge=1)
+    """Tensor parallel size inside experts; explicit because mcore's own default is the tensor size."""
+    pipeline: int = Field(default=1, ge=1)
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """auto: nccl with CUDA, gloo without; resolved once and said once."""
+
+
+class Tokenizer(Section):
+    type: Literal["characters", "huggingface"] = "characters"
+    """characters: printable ASCII, one token each, with a built-in chat template; needs no files."""
+    path: Path | None = None
+    """Directory of a Hugging Face tokenizer with a chat template (type huggingface)."""
+
+    @model_validator(mode="after")
+    def _path(self) -> Tokenizer:
+        if (self.type == "huggingface") != (self.path is not None):
+            raise ValueError("path is needed with type huggingface and only there")
+        return self
+
+
+class JsonlPrompts(Section):
+    type: Literal["jsonl"]
+    path: Path
+    """One JSON object a line: ``messages`` (chat), ``domain``, optional ``completion`` and ``verifier``."""
+    split: Literal["all", "train", "held_out"] = "all"
+    """Rows to take: all, or one side of the split by a hash of the prompt's text."""
+    held_out_fraction: float = Field(default=0.2, gt=0, lt=1)
+
+
+class ReasoningGymPrompts(Section):
+    type: Literal["reasoning_gym"]
+    domain: str
+    """Name of the domain in routing, metrics and reports."""
+    family: str
+    """Name of a reasoning-gym task family, such as ``spell_backward``."""
+    options: dict[str, Any] = {}
+    """The family's own settings."""
+    template: str | None = None
+    """User message; ``{field}`` is filled from the family's metadata, ``{question}`` from its question; the question
+    when left out. Lists are joined by a blank, by what follows a colon (``{words:, }``) or by nothing
+    (``{letters!c}``)."""
+    matching: str | None = None
+    """Regular expression that the whole user message must match; other tasks are passed over."""
+    size: int = Field(gt=0)
+    """Distinct prompts wanted; de-duplicated by prompt text."""
+    seed: int = 0
+    split: Literal["train", "held_out"] = "train"
+    """Prompts belong to one side by a hash of their text, so the two sides never share one."""
+    held_out_fraction: float = Field(default=0.2, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _matching(self) -> ReasoningGymPrompts:
+        try:
+            re.compile(self.matching or "")
+        except re.error as error:
+            raise ValueError(f"matching = {self.matching!r} is no regular expression: {error}") from None
+        return self
+
+
+PromptSource = Annotated[JsonlPrompts | ReasoningGymPrompts, Field(discriminator="type")]
+
+
+class Data(Section):
+    train: list[PromptSource] = []
+    held_out: list[PromptSource] = []
+    """Prompts for evaluation; never trained on."""
+    shuffle_seed: int = 0
+    weights: dict[str, Weight] = {}
+    """Sampling weight of each domain; equal when left out."""
+
+
+class Source(Section):
+    """Where a stage's trajectories come from."""
+
+    type: Literal["rollout", "dataset"] = "rollout"
+    """rollout: the student's own samples; dataset: the completions of the training data."""
+
+
+class RolloutSettings(Section):
+    prompts_per_step: int = Field(default=1024, gt=0)
+    """Prompts per step over all ranks (report section 3.3.1: 1,024)."""
+    samples_per_prompt: int = Field(default=1, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=128, gt=0)
+    batch_size: int = Field(default=256, gt=0)
+    """Sequences decoded together on one data-parallel rank."""
+    lag: int = Field(default=0, ge=0)
+    """Age in steps of the rollouts an update sees; 0 is on-policy."""
+
+    @model_validator(mode="after")
+    def _top_p(self) -> RolloutSettings:
+        if self.top_p < 1:
+            raise ValueError(
+                f"top_p = {self.top_p}: training rollouts must be drawn from the whole distribution, or behaviour"
+                " log-probabilities would not be the student's; set it to 1"
+            )
+        return self
+
+
+class Teacher(Section):
+    checkpoint: Path
+    """Megatron checkpoint directory (``iter_*`` inside, or one such directory)."""
+    domains: list[str] = Field(min_length=1)
+    """Domains this teacher scores; each domain has exactly one teacher."""
+    model: Model | None = None
+    """Architecture (preset, pattern, override); the student's when left out. Its MTP heads are never built."""
+
+
+class Mopd(Section):
+    """Eq. 3 of the Nemotron 3 Ultra report (section 3.3.1) and its released variants as fields."""
+
+    type: Literal["mopd"] = "mopd"
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """r_t is clipped to [1 - clip_low, 1 + clip_high]; the report gives no value, 0.2 is PPO's."""
+    clip_high: float = Field(default=0.2, ge=0)
+    importance: Literal["icepop", "clamp", "none"] = "icepop"
+    """icepop: tokens with c_t outside the bounds are masked (m_t); clamp: c_t is clamped to them, as in the released
+    configuration; none: c_t is used as it is."""
+    importance_low: float = Field(default=0.2, ge=0)
+    importance_high: float = Field(default=5.0, gt=0)
+    """Bounds of c_t; [0.2, 5] in the released configuration."""
+    force_on_policy_ratio: bool = False
+    """r_t = 1 with the gradient of log pi_theta (released configuration)."""
+    advantage_clip: float | None = Field(default=None, gt=0)
+    """Advantages are clipped to [-x, x]; 20 in the released configuration."""
+    sequence_error_threshold: float | None = Field(default=None, gt=1)
+    """Sequences whose mean exp|log c_t| exceeds this are dropped; 2 in the released configuration."""
+    normalization: Literal["token", "sequence"] = "token"
+    """token: the sum over tokens divided by the global number of completion tokens before m_t;
+    sequence: the mean over sequences of each sequence's token mean (MiMo, Cascade 2)."""
+    outcome_weight: float = Field(default=0.0, ge=0)
+    """alpha: weight of the group-relative outcome-reward advantage; needs rollout.samples_per_prompt >= 2."""
+    domain_weights: dict[str, Weight] = {}
+    """lambda_i on the loss; 1 for a domain not named."""
+    minibatches: int = Field(default=1, gt=0)
+    """Optimizer steps per rollout batch. With 1, prox is the training forward itself and no prox forward runs."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Mopd:
+        if self.importance_low >= self.importance_high:
+            raise ValueError(
+                f"importance_low = {self.importance_low} must be below importance_high = {self.importance_high}"
+            )
+        return self
+
+
+class CrossEntropy(Section):
+    """Supervised training on completion tokens (SFT, specialists, warm-up)."""
+
+    type: Literal["cross_entropy"] = "cross_entropy"
+    domain_weights: dict[str, Weight] = {}
+    minibatches: int = Field(default=1, gt=0)
+
+
+Objective = Annotated[Mopd | CrossEntropy, Field(discriminator="type")]
+
+
+class Mtp(Section):
+    train: bool = True
+    """Whether the MTP heads (where the pattern has any) are trained along, by cross-entropy on completion tokens;
+    inputs, embedding and output weight are detached, so the trunk never sees it."""
+    weight: float = Field(default=0.3, ge=0)
+    """Scale of the MTP loss (0.3 in the released configuration). The heads' gradient has a norm of its own, clipped
+    apart from the trunk's by optimizer.clip_grad."""
+
+
+class Optimizer(Section):
+    lr: float = Field(default=2.0e-6, ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
+    warmup_from: float = Field(default=0.15, ge=0, le=1)
+    """First learning rate as a fraction of lr (3e-7 of 2e-6 in the released configuration)."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay_to: float = Field(default=0.0, ge=0, le=1)
+    """Last learning rate as a fraction of lr."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_grad: float = Field(default=1.0, gt=0)
+    distributed: bool = True
+    """mcore's distributed optimizer (states sharded over data-parallel ranks)."""
+    options: dict[str, Any] = {}
+    """Further fields of mcore's OptimizerConfig by name."""
+    ddp: dict[str, Any] = {}
+    """Further fields of mcore's DistributedDataParallelConfig by name."""
+
+
+class Batching(Section):
+    micro_batch_size: int = Field(default=1, gt=0)
+    """Sequences per micro-batch."""
+    sequences_per_step: int | None = Field(default=None, gt=0)
+    """Sequences per step of a dataset stage, over all ranks; a rollout stage takes what the rollout gives."""
+
+
+class Evaluation(Section):
+    every: int = Field(default=0, ge=0)
+    """Steps between greedy evaluations; 0: none while training."""
+    samples: int = Field(default=128, gt=0)
+    """Held-out prompts per domain in evaluations while training."""
+    final_samples: int = Field(default=500, gt=0)
+    """Held-out prompts per domain before and after training."""
+    batch_size: int = Field(default=256, gt=0)
+
+
+class Checkpoint(Section):
+    every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Complete checkpoints kept."""
+
+
+class Run(Section):
+    dir: Path
+    """Where checkpoints, metrics.jsonl and TensorBoard events go."""
+    id: str | None = None
+    """Identity of this run's policies; the directory's name when left out."""
+    steps: int = Field(gt=0)
+    seed: int = 42
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 with fp32 main parameters on CUDA, fp32 on CPU; resolved once and said once."""
+    deterministic: bool = True
+
+
+class Config(Section):
+    run: Run
+    model: Model = Model()
+    parallel: Parallel = Parallel()
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data = Data()
+    source: Source = Source()
+    rollout: RolloutSettings = RolloutSettings()
+    teachers: dict[str, Teacher] = {}
+    objective: Objective = Mopd()
+    mtp: Mtp = Mtp()
+    optimizer: Optimizer = Optimizer()
+    batching: Batching = Batching()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def run_id(self) -> str:
+        return self.run.id or self.run.dir.name
+
+    @model_validator(mode="after")
+    def _stage(self) -> Config:
+        if self.objective.type == "mopd" and self.source.type != "rollout":
+            raise ValueError("objective.type mopd scores the student's own rollouts; set source.type to rollout")
+        if self.objective.type == "mopd" and not self.teachers:
+            raise ValueError("objective.type mopd needs teachers; name at least one under teachers")
+        if self.objective.type == "cross_entropy" and self.source.type != "dataset":
+            raise ValueError("objective.type cross_entropy trains on a dataset's completions; set source.type: dataset")
+        if self.objective.type == "cross_entropy" and self.batching.sequences_per_step is None:
+            raise ValueError("batching.sequences_per_step is needed by a dataset stage")
+        if isinstance(self.objective, Mopd) and self.objective.outcome_weight and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"objective.outcome_weight = {self.objective.outcome_weight} compares rollouts of one prompt;"
+                f" rollout.samples_per_prompt = {self.rollout.samples_per_prompt} must be at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_teacher_per_domain(self) -> Config:
+        owner: dict[str, str] = {}
+        for name, teacher in self.teachers.items():
+            for domain in teacher.domains:
+                if domain in owner:
+                    raise ValueError(
+                        f"teachers.{name}.domains: {domain!r} is already served by teachers.{owner[domain]};"
+                        " each domain needs exactly one teacher"
+                    )
+                owner[domain] = name
+        named = {s.domain for s in self.data.train if isinstance(s, ReasoningGymPrompts)}
+        if self.objective.type == "mopd" and (missing := sorted(named - owner.keys())):
+            raise ValueError(
+                f"data.train: domain {missing[0]!r} has no teacher; add it to the domains of one of"
+                f" {sorted(self.teachers)}"
+            )
+        if self.objective.type == "mopd":
+            for setting, weights in (
+                ("objective.domain_weights", self.objective.domain_weights),
+                ("data.weights", self.data.weights),
+            ):
+                if unknown := sorted(weights.keys() - owner.keys()):
+                    hint = nearest(unknown[0], sorted(owner))
+                    raise ValueError(f"{setting}: no teacher serves domain {unknown[0]!r}{hint}")
+        return self
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``a.b=value`` overrides (value parsed as YAML) and validate.
+
+    Raises :class:`ConfigurationError` naming the setting, its value, the rule and, for an unknown key, the nearest one.
+    """
+    return build_config(merge(read_yaml(path), overrides), origin=str(path))
+
+
+def build_config(tree: Mapping[str, Any], origin: str = "configuration") -> Config:
+    """Validate a tree of plain values; errors as in :func:`load_config`."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as error:
+        raise ConfigurationError("\n".join(explain(e, origin, Config) for e in error.errors())) from None
