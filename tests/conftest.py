@@ -1,0 +1,211 @@
+"""Fixtures for every test: a world of one in this process, and a pool of four ranks for multi-rank functions.
+
+Importing Megatron-Core costs seconds, so it is done once a session: this file, run as a script, imports it and forks
+the ranks before any thread exists. A rank connects back, loads test files by path and calls functions by name; between
+calls only process groups are rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+POOL_SIZE = 4
+START_TIMEOUT = 300.0  # seconds until every rank has imported Megatron-Core
+CALL_TIMEOUT = 120.0  # seconds until every rank has answered one call
+GRACE = 2.0  # seconds the others get to fail too once one rank has failed
+
+Ranks = Callable[..., list[Any]]
+
+
+class RankPool:
+    """Four gloo ranks; killed and started afresh after a failure that leaves one of them hanging."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None  # leads the process group of the ranks
+        self._connections: list[Connection] = []
+        self._calls = 0
+
+    def __call__(self, world: int, function: FunctionType, *args: Any) -> list[Any]:
+        """Call ``function(*args)`` on ranks 0..world-1 and return their results in rank order.
+
+        ``function`` is a module-level function of a test file or of an installed module. Arguments and results are
+        pickled.
+        """
+        if not 1 <= world <= POOL_SIZE:
+            raise ValueError(f"world = {world}: the pool has {POOL_SIZE} ranks")
+        if self._process is None:
+            self._start()
+        self._calls += 1
+        with tempfile.TemporaryDirectory(prefix="mopd-ranks-") as folder:
+            call = (str(Path(folder) / "store"), world, _reference(function), args)
+            for connection in self._connections[:world]:
+                connection.send_bytes(pickle.dumps(call))
+            return self._collect(world, function.__name__)
+
+    def _collect(self, world: int, name: str) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        silent = dict(enumerate(self._connections[:world]))
+        deadline = time.monotonic() + CALL_TIMEOUT
+        while silent and (ready := wait(list(silent.values()), timeout=max(0.0, deadline - time.monotonic()))):
+            for rank in [r for r, connection in silent.items() if connection in ready]:
+                ok, value = _answer(silent.pop(rank))
+                (results if ok else failures)[rank] = value
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE)
+        if silent or _DIED in failures.values():  # a rank that waits for another can not be used again
+            self.kill()
+        if failures:
+            text = "\n".join(f"rank {rank} of {world} failed\n{reason}" for rank, reason in failures.items())
+            pytest.fail(f"{name}: {text}")
+        if silent:
+            pytest.fail(f"{name}: ranks {sorted(silent)} of {world} gave no answer in {CALL_TIMEOUT:.0f} s")
+        return [results[rank] for rank in range(world)]
+
+    def _start(self) -> None:
+        key = os.urandom(16)
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "MOPD_POOL_KEY": key.hex(),
+        }
+        with (
+            tempfile.TemporaryDirectory(prefix="mopd-pool-") as folder,
+            Listener(str(Path(folder) / "socket"), authkey=key) as listener,
+        ):
+            listener._listener._socket.settimeout(START_TIMEOUT)  # type: ignore[attr-defined]
+            command = [sys.executable, __file__, str(listener.address)]
+            self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+            arrived: dict[int, Connection] = {}
+            while len(arrived) < POOL_SIZE:
+                connection = listener.accept()
+                arrived[pickle.loads(connection.recv_bytes())] = connection
+        self._connections = [arrived[rank] for rank in range(POOL_SIZE)]
+
+    def kill(self) -> None:
+        """End the ranks; the next call starts new ones."""
+        for connection in self._connections:
+            connection.close()
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._process, self._connections = None, []
+
+
+_DIED = "the process died"
+
+
+def _answer(connection: Connection) -> tuple[bool, Any]:
+    try:
+        return pickle.loads(connection.recv_bytes())
+    except EOFError:
+        return False, _DIED
+
+
+def _reference(function: FunctionType) -> tuple[str, str]:
+    """Where a rank finds the function: an installed module's name, or the path of a test file."""
+    module = function.__module__
+    if module.partition(".")[0] in ("megatron_mopd", "mopd_kernels"):
+        return module, function.__qualname__
+    return function.__code__.co_filename, function.__qualname__
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """``ranks(world, function, *args) -> [result of rank 0, ...]``, run in a gloo process group of that size."""
+    pool = RankPool()
+    yield pool
+    pool.kill()
+
+
+@pytest.fixture
+def groups() -> Iterator[Any]:
+    """Process groups of a world of one in this process, seeded with 42."""
+    from megatron_mopd import parallel
+    from megatron_mopd.config import Parallel
+
+    yield parallel.initialize(Parallel(), seed=42)
+    parallel.destroy()
+
+
+def _load(where: str, loaded: dict[str, ModuleType]) -> ModuleType:
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    if where not in loaded:
+        spec = importlib.util.spec_from_file_location(f"pool_{Path(where).stem}", where)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up by name
+        spec.loader.exec_module(module)
+        loaded[where] = module
+    return loaded[where]
+
+
+def _start_ranks(address: str) -> None:
+    import torch
+
+    import megatron_mopd.student  # noqa: F401 - the expensive import, done once for all ranks
+
+    torch.set_num_threads(1)
+    for rank in range(POOL_SIZE):
+        if os.fork() == 0:
+            _serve(address, rank)
+            os._exit(0)
+    for _ in range(POOL_SIZE):
+        os.wait()
+
+
+def _serve(address: str, rank: int) -> None:
+    """One rank: answer calls until the connection closes."""
+    import torch.distributed as dist
+
+    from megatron_mopd import parallel
+
+    connection = Client(address, authkey=bytes.fromhex(os.environ["MOPD_POOL_KEY"]))
+    connection.send_bytes(pickle.dumps(rank))
+    loaded: dict[str, ModuleType] = {}
+    while True:
+        try:
+            store, world, (where, name), args = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=CALL_TIMEOUT),
+            )
+            dist.barrier()  # nobody takes the group down while another still connects
+            value = getattr(_load(where, loaded), name)(*args)
+            dist.barrier()
+            answer = (True, value)
+        except BaseException:  # whatever it is, the test must see it
+            answer = (False, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
+        parallel.destroy()
+
+
+if __name__ == "__main__":
+    _start_ranks(sys.argv[1])
