@@ -1,0 +1,227 @@
+"""Cached forward over mcore's own modules: ragged prompts in, then one token a step for the whole batch.
+
+mcore 0.19 has no such path that runs without CUDA. Linears, norms, experts and residual adds are the model's own modules;
+only the two mixers that look back in time are walked here: attention keeps keys and values, Mamba the last inputs of its
+convolution and its state, each taken at a row's own length.
+
+Axis letters: ``b`` rows, ``s`` padded prompt tokens, ``H`` hidden size, ``h`` heads, ``q`` query groups, ``d`` attention head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_mopd import ssd
+from megatron_mopd.config import ConfigurationError
+
+
+class _Layer(Protocol):
+    """One layer with its memory of the rows."""
+
+    def prefill(self, hidden: Tensor, lengths: Tensor, capacity: int) -> Tensor:
+        """``[s, b, H]`` -> ``[s, b, H]``; remembers each row at its own length, with room for ``capacity`` tokens."""
+        ...
+
+    def step(self, hidden: Tensor) -> Tensor:
+        """``[1, b, H]`` -> ``[1, b, H]``; remembers the token."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only (int64 indices)."""
+        ...
+
+
+class Decoder:
+    """The trunk of a model with the memory of one batch; every tensor parallel rank calls it with the same tokens.
+
+    The model must be in eval mode with sequence parallelism off. Raises :class:`ConfigurationError` for position embeddings
+    and layers that the cached forward does not know.
+    """
+
+    def __init__(self, model: HybridModel) -> None:
+        if model.position_embedding_type != "none":
+            raise ConfigurationError(
+                f"position_embedding_type = {model.position_embedding_type!r}: cached decoding knows models without"
+                " positional embedding only; build the model with 'none'"
+            )
+        self.model = model
+        self.layers: list[_Layer] = [_cached(layer) for layer in model.decoder.layers]
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, new_tokens: int) -> Tensor:
+        """Read right-padded prompts ``tokens [b, s]`` of ``lengths [b]`` and make room for ``new_tokens`` each.
+
+        Returns the hidden state ``[b, H]`` of each row's last token, after the final norm.
+        """
+        hidden = self._embed(tokens)
+        for layer in self.layers:
+            hidden = layer.prefill(hidden, lengths, tokens.shape[1] + new_tokens)
+        last = hidden[lengths - 1, torch.arange(len(lengths), device=hidden.device)]
+        return self.model.decoder.final_norm(last)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one further token ``[b]`` a row and return its hidden state ``[b, H]``."""
+        hidden = self._embed(tokens.unsqueeze(1))
+        for layer in self.layers:
+            hidden = layer.step(hidden)
+        return self.model.decoder.final_norm(hidden.squeeze(0))
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these (int64 indices, in their new order)."""
+        for layer in self.layers:
+            layer.keep(rows)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.model.embedding(input_ids=tokens, position_ids=torch.zeros_like(tokens))
+
+
+def _cached(layer: Any) -> _Layer:
+    if isinstance(layer, MambaLayer):
+        return _MambaMemory(layer)
+    if not isinstance(layer, TransformerLayer):
+        raise ConfigurationError(
+            f"model.pattern: cached decoding knows Mamba, attention, dense and expert layers, not {type(layer).__name__}"
+        )
+    return _Tokenwise(layer) if isinstance(layer.self_attention, IdentityOp) else _AttentionMemory(layer)
+
+
+class _Tokenwise:
+    """A dense or expert layer: no token sees another, so mcore's forward serves as it is."""
+
+    def __init__(self, layer: TransformerLayer) -> None:
+        self.layer = layer
+
+    def prefill(self, hidden: Tensor, lengths: Tensor, capacity: int) -> Tensor:
+        return self.step(hidden)
+
+    def step(self, hidden: Tensor) -> Tensor:
+        return self.layer(hidden_states=hidden, attention_mask=None)[0]
+
+    def keep(self, rows: Tensor) -> None:
+        """Nothing is remembered."""
+
+
+class _AttentionMemory:
+    """Keys and values; new tokens of all rows share a column, and a mask hides the padding between.
+
+    Columns need not be positions: the model has no positional embedding.
+    """
+
+    def __init__(self, layer: TransformerLayer) -> None:
+        self.layer, self.attention = layer, layer.self_attention
+        self.scale = layer.config.softmax_scale or self.attention.hidden_size_per_attention_head**-0.5
+        self.keys: Tensor  # [b, q, capacity, d]
+        self.values: Tensor
+        self.mask: Tensor  # [b, 1, 1, capacity], 0 or -inf
+        self.filled = 0
+
+    def prefill(self, hidden: Tensor, lengths: Tensor, capacity: int) -> Tensor:
+        query, key, value = self._project(hidden)  # [b, heads, s, d]
+        rows, groups, self.filled, width = key.shape
+        self.keys = key.new_zeros(rows, groups, capacity, width)
+        self.values = torch.zeros_like(self.keys)
+        self.keys[:, :, : self.filled] = key
+        self.values[:, :, : self.filled] = value
+        columns = torch.arange(capacity, device=key.device)
+        padding = (columns >= lengths.unsqueeze(1)) & (columns < self.filled)
+        self.mask = torch.zeros(rows, capacity, dtype=key.dtype, device=key.device).masked_fill_(padding, float("-inf"))
+        self.mask = self.mask[:, None, None]
+        context = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != groups
+        )
+        return self._finish(context.permute(2, 0, 1, 3).flatten(2), hidden)
+
+    def step(self, hidden: Tensor) -> Tensor:
+        query, key, value = self._project(hidden)
+        rows, heads, _, width = query.shape
+        groups = key.shape[1]
+        self.keys[:, :, self.filled] = key.squeeze(2)
+        self.values[:, :, self.filled] = value.squeeze(2)
+        self.filled += 1
+        keys, values = self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        scores = (query.reshape(rows, groups, heads // groups, width) * self.scale) @ keys.transpose(-1, -2)
+        weights = (scores + self.mask[..., : self.filled]).softmax(-1, dtype=torch.float32).to(values.dtype)
+        return self._finish((weights @ values).view(1, rows, heads * width), hidden)
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values, self.mask = self.keys[rows], self.values[rows], self.mask[rows]
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normed = self.layer.input_layernorm(hidden)
+        query, key, value = self.attention.get_query_key_value_tensors(normed, None)
+        return query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+
+    def _finish(self, context: Tensor, residual: Tensor) -> Tensor:
+        out = self.attention.linear_proj(context)
+        return self.layer.self_attn_bda(self.layer.training, False)(out, residual, self.layer.hidden_dropout)
+
+
+class _MambaMemory:
+    """The last inputs of the convolution and the state of the scan, the latter in fp32."""
+
+    def __init__(self, layer: MambaLayer) -> None:
+        mixer = layer.mixer
+        self.layer, self.mixer = layer, mixer
+        self.groups, self.heads, self.width = mixer.ngroups_local_tp, mixer.nheads_local_tp, mixer.headdim
+        self.inner, self.shared = self.heads * self.width, self.groups * mixer.d_state
+        self.splits = [self.inner, self.inner + 2 * self.shared, self.heads]
+        self.A = -mixer.A_log.float().exp()
+        self.D = mixer.D.unflatten(0, (self.heads, self.width)) if mixer.D_has_hdim else mixer.D
+        self.taps = mixer.conv1d_weight.squeeze(1).t().contiguous().unbind()  # oldest first, [k] each
+        self.recent: list[Tensor]  # the last inputs of the convolution, oldest first, [b, k] each
+        self.state: Tensor  # [b, h, p, n]
+
+    def prefill(self, hidden: Tensor, lengths: Tensor, capacity: int) -> Tensor:
+        z, xbc, dt = self._project(hidden.transpose(0, 1))
+        self.recent = self._last_inputs(xbc, lengths)
+        xbc = ssd.causal_conv(xbc, self.mixer.conv1d_weight.squeeze(1), self.mixer.conv1d_bias)
+        x, B, C = self._parts(xbc)
+        inside = torch.arange(xbc.shape[1], device=xbc.device) < lengths.unsqueeze(1)
+        steps = ssd.step_sizes(dt, self.mixer.dt_bias) * inside.unsqueeze(-1)
+        y, state = ssd.scan(x, steps, self.A, B, C, self.D, self.mixer.chunk_size, want_state=True)
+        assert state is not None
+        self.state = state.contiguous()
+        return self._finish(y.flatten(2).to(z.dtype).transpose(0, 1), z.transpose(0, 1), hidden)
+
+    def step(self, hidden: Tensor) -> Tensor:
+        z, xbc, dt = self._project(hidden.squeeze(0))
+        window = [*self.recent, xbc]
+        self.recent = window[1:]
+        xbc = self.mixer.conv1d_bias
+        for tap, past in zip(self.taps, window, strict=True):
+            xbc = torch.addcmul(xbc, past, tap)
+        x, B, C = self._parts(F.silu(xbc))
+        y = ssd.step(self.state, x, ssd.step_sizes(dt, self.mixer.dt_bias), self.A, B, C, self.D)
+        return self._finish(y.flatten(1).to(z.dtype).unsqueeze(0), z.unsqueeze(0), hidden)
+
+    def keep(self, rows: Tensor) -> None:
+        self.state = self.state[rows]
+        self.recent = [past[rows] for past in self.recent]
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        mixed, _ = self.mixer.in_proj(self.layer.norm(hidden.to(self.layer.config.params_dtype)))
+        return mixed.split(self.splits, dim=-1)
+
+    def _parts(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x [..., h, p]``, ``B`` and ``C [..., g, n]``."""
+        x, B, C = xbc.split([self.inner, self.shared, self.shared], dim=-1)
+        return x.unflatten(-1, (self.heads, -1)), B.unflatten(-1, (self.groups, -1)), C.unflatten(-1, (self.groups, -1))
+
+    def _last_inputs(self, xbc: Tensor, lengths: Tensor) -> list[Tensor]:
+        """Each row's last convolution inputs before ``lengths``; zeros where a row is shorter than the window."""
+        past = len(self.taps) - 1
+        padded = F.pad(xbc, (0, 0, past, 0))  # token t lies at t + past
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return [padded[rows, lengths + i] for i in range(past)]
+
+    def _finish(self, y: Tensor, z: Tensor, residual: Tensor) -> Tensor:
+        y = self.mixer.norm(y, z) if self.mixer.rmsnorm else y * F.silu(z)
+        out = self.mixer.out_proj(y)
+        return self.layer.mamba_bda(self.layer.training, False)(out, residual, self.layer.hidden_dropout)
