@@ -1,0 +1,93 @@
+"""A rollout of another run, step, tokenizer, domain or teacher never reaches an update."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_mopd import provenance
+from megatron_mopd.provenance import ProvenanceError
+from megatron_mopd.records import Policy, Prompt, Rollout, Sampling, ScoredRollout
+
+TOKENIZER = SimpleNamespace(tokenizer_sha="tok", template_sha="tem")
+NOW = Policy(run_id="run", step=7)
+
+
+class Scorers:
+    def __init__(self):
+        self.ids, self.temperature = {"speller": "id-s", "counter": "id-c"}, 1.0
+
+    def route(self, domain):
+        return {"spell": "speller", "count": "counter"}[domain]
+
+
+def scored(domain="spell", step=6, teacher="speller", teacher_id="id-s"):
+    prompt = Prompt(id="abc", domain=domain, messages=(), tokens=(1, 2))
+    rollout = Rollout(prompt=prompt, sample=3, completion=torch.tensor([4, 5]), finish="stop")
+    sampling = Sampling(temperature=1.0, max_new_tokens=8, stop_tokens=(5,))
+    signed = provenance.sign(rollout, Policy(run_id="run", step=step), TOKENIZER, sampling, seed=42, draw=6)
+    return ScoredRollout(
+        rollout=provenance.scored_by(signed, teacher_id), teacher=teacher, teacher_logprobs=-torch.ones(2)
+    )
+
+
+def with_record(item, **changes):
+    record = dataclasses.replace(item.rollout.provenance, **changes)
+    return dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, provenance=record))
+
+
+def test_a_rollout_of_this_run_passes():
+    item = scored()
+    record = item.rollout.provenance
+    assert (record.domain, record.seed, record.draw, record.teacher_id) == ("spell", 42, 6, "id-s")
+    provenance.check([item, scored("count", 7, "counter", "id-c")], NOW, 1, TOKENIZER, Scorers())
+
+
+def test_dataset_rows_pass_without_a_record():
+    row = dataclasses.replace(scored().rollout, provenance=None)
+    provenance.check([row], NOW, 0, TOKENIZER, None)
+
+
+WRONG = {
+    "run": (with_record(scored(), policy=Policy(run_id="other", step=6)), "the sampling run is 'other', .* 'run'"),
+    "tokenizer": (with_record(scored(), tokenizer_sha="kot"), "the tokenizer is 'kot', .* 'tok'"),
+    "template": (with_record(scored(), template_sha="met"), "the chat template is 'met', .* 'tem'"),
+    "domain": (with_record(scored(), domain="count"), "the recorded domain is 'count', .* 'spell'"),
+    "teacher": (scored(teacher="counter"), "the scoring teacher is 'counter', .* 'speller'"),
+    "checkpoint": (scored(teacher_id="id-c"), "checkpoint of teacher 'speller' is 'id-c', .* 'id-s'"),
+    "unscored": (with_record(scored(), teacher_id=None), "checkpoint of teacher 'speller' is None"),
+    "too_old": (scored(step=5), "policy of step 5, updated at step 7; rollout.lag = 1"),
+    "from_the_future": (scored(step=8), "policy of step 8"),
+    "temperature": (
+        with_record(scored(), sampling=Sampling(temperature=0.5, max_new_tokens=8, stop_tokens=())),
+        "the sampling temperature is 0.5, .* 1.0",
+    ),
+    "length": (dataclasses.replace(scored(), teacher_logprobs=-torch.ones(3)), "log-probabilities is 3, .* 2"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_contradiction_names_the_rollout_and_both_sides(name):
+    item, message = WRONG[name]
+    with pytest.raises(ProvenanceError, match=rf"rollout 3 of prompt abc \(spell\): .*{message}"):
+        provenance.check([scored(), item], NOW, 1, TOKENIZER, Scorers())
+
+
+def test_scores_need_a_record_and_a_pool():
+    bare = dataclasses.replace(scored().rollout, provenance=None)
+    with pytest.raises(ProvenanceError, match="carries no record"):
+        provenance.check([dataclasses.replace(scored(), rollout=bare)], NOW, 1, TOKENIZER, Scorers())
+    with pytest.raises(ProvenanceError, match="carries no record"):
+        provenance.scored_by(bare, "id-s")
+    with pytest.raises(ProvenanceError, match="this run has no teachers"):
+        provenance.check([scored()], NOW, 1, TOKENIZER, None)
+
+
+def test_a_manifest_must_hold_every_expected_entry():
+    expected = {"run_id": "run", "teachers": {"speller": "id-s"}}
+    provenance.check_manifest({**expected, "checkpoint_id": "x"}, expected, "ckpt")
+    with pytest.raises(ProvenanceError, match=r"ckpt: was written with teachers = \{\}, .*'id-s'.*run.dir"):
+        provenance.check_manifest({"run_id": "run", "teachers": {}}, expected, "ckpt")
+    with pytest.raises(ProvenanceError, match="says nothing of teachers"):
+        provenance.check_manifest({"run_id": "run"}, expected, "ckpt")
