@@ -1,0 +1,264 @@
+"""Whether the students recovered their teachers: the records, the numbers, ``report.json`` and ``report.md``.
+
+Recovery of a domain is (after - before) / (teacher - before) in accuracy, undefined where the teacher is no better than
+the student was before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Z95 = 1.959963984540054  # 97.5% quantile of the normal distribution
+
+Interval = tuple[float, float]
+
+
+def wilson(correct: int, total: int, z: float = Z95) -> Interval:
+    """Wilson's score interval of a proportion (Wilson 1927), 95% by default.
+
+    Raises ValueError unless ``0 <= correct <= total`` and ``total > 0``.
+    """
+    if not (0 <= correct <= total and total > 0):
+        raise ValueError(f"correct = {correct} of total = {total}: needs 0 <= correct <= total and total > 0")
+    rate, weight = correct / total, z * z / total
+    centre = (rate + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(rate * (1 - rate) / total + weight / (4 * total))
+    # At the ends the exact bound is 0 or 1, which rounding misses.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """Verified completions among all completions of one model on one domain."""
+
+    correct: int
+    total: int
+
+    @property
+    def rate(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> Interval:
+        """Wilson's 95% interval of :attr:`rate`."""
+        return wilson(self.correct, self.total)
+
+
+def gain_interval(before: Accuracy, after: Accuracy) -> Interval:
+    """95% interval of ``after.rate - before.rate`` from the two Wilson intervals (Newcombe 1998, method 10).
+
+    The two are taken as independent samples; on the same prompts that errs on the wide side.
+    """
+    low_b, high_b = before.interval
+    low_a, high_a = after.interval
+    gain = after.rate - before.rate
+    below = math.hypot(after.rate - low_a, high_b - before.rate)
+    above = math.hypot(high_a - after.rate, before.rate - low_b)
+    return gain - below, gain + above
+
+
+def recovery(before: float, after: float, teacher: float) -> float | None:
+    """(after - before) / (teacher - before); None where the teacher is no better than before."""
+    return (after - before) / (teacher - before) if teacher > before else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Divergence:
+    """Exact reverse KL of the student to one teacher, in nats per token, on held-out student rollouts of one domain."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One student rollout with the advantage of every token.
+
+    Example: ``Example(domain="reverse", prompt="reverse abc", tokens=("c", "b", "a"), advantages=(0.1, -2.0, 0.3))``
+    """
+
+    domain: str
+    prompt: str
+    tokens: tuple[str, ...]
+    advantages: tuple[float, ...]
+    note: str = ""  # such as "step 1" or the verifier's verdict
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.advantages):
+            raise ValueError(f"{len(self.tokens)} tokens with {len(self.advantages)} advantages: needs one for each")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """Everything a report shows; the order of ``teacher_of`` is the order of the domains everywhere."""
+
+    title: str
+    teacher_of: Mapping[str, str]  # domain -> the teacher that scored it
+    before: Mapping[str, Accuracy]  # student, by domain
+    after: Mapping[str, Accuracy]
+    teachers: Mapping[str, Mapping[str, Accuracy]]  # teacher -> domain -> accuracy, all pairs
+    reverse_kl: Mapping[str, Mapping[str, Divergence]]  # teacher -> domain, at least the pairs of teacher_of
+    parallel: Mapping[str, Any]
+    versions: Mapping[str, str]
+    wall_s: float
+    steps: int | None = None  # between before and after; the histories' last where left out
+    base: Mapping[str, Accuracy] | None = None  # the common ancestor, where it is not the student before
+    accuracy_history: Mapping[str, Sequence[tuple[int, Accuracy]]] = field(default_factory=dict)  # (step, accuracy)
+    kl_history: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # estimate on training rollouts
+    advantages: Mapping[str, Sequence[float]] = field(default_factory=dict)  # domain -> samples in nats
+    examples: Sequence[Example] = ()
+
+    def __post_init__(self) -> None:
+        for domain, teacher in self.teacher_of.items():
+            tables = [("before", self.before), ("after", self.after)]
+            tables += [(f"teachers[{teacher!r}]", self.teachers.get(teacher, {}))]
+            tables += [(f"reverse_kl[{teacher!r}]", self.reverse_kl.get(teacher, {}))]
+            tables += [("base", self.base)] if self.base is not None else []
+            for name, table in tables:
+                if domain not in table:
+                    raise ValueError(f"report: {name} lacks domain {domain!r}, which teacher_of names")
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(self.teacher_of)
+
+    def recovery(self, domain: str) -> float | None:
+        """Share of the way from the student before to its teacher; None where there is no way to go."""
+        teacher = self.teachers[self.teacher_of[domain]][domain]
+        return recovery(self.before[domain].rate, self.after[domain].rate, teacher.rate)
+
+    def rows(self) -> dict[str, Mapping[str, Accuracy]]:
+        """Every measured model with its accuracies, students first."""
+        base = {"base": self.base} if self.base is not None else {}
+        return base | {"student before": self.before, "student after": self.after} | dict(self.teachers)
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The tree of ``report.json``: accuracies as fractions, reverse KL in nats per token, times in seconds."""
+    return {
+        "domains": {domain: _domain(report, domain) for domain in report.domains},
+        "parallel": dict(report.parallel),
+        "versions": dict(report.versions),
+        "wall_s": report.wall_s,
+        "title": report.title,
+        "teacher_of": dict(report.teacher_of),
+        "matrix": {name: {d: a.rate for d, a in row.items()} for name, row in report.rows().items()},
+        "counts": {name: {d: [a.correct, a.total] for d, a in row.items()} for name, row in report.rows().items()},
+        "intervals": {name: {d: list(a.interval) for d, a in row.items()} for name, row in report.rows().items()}
+        | {"gain": {d: list(gain_interval(report.before[d], report.after[d])) for d in report.domains}},
+        "reverse_kl": {
+            teacher: {d: {"before": kl.before, "after": kl.after} for d, kl in row.items()}
+            for teacher, row in report.reverse_kl.items()
+        },
+    }
+
+
+def _domain(report: Report, domain: str) -> dict[str, Any]:
+    teacher = report.teacher_of[domain]
+    kl = report.reverse_kl[teacher][domain]
+    return {
+        "student_before": report.before[domain].rate,
+        "student_after": report.after[domain].rate,
+        "teacher": report.teachers[teacher][domain].rate,
+        "recovery": report.recovery(domain),
+        "samples": report.after[domain].total,
+        "reverse_kl_before": kl.before,
+        "reverse_kl_after": kl.after,
+    }
+
+
+def percent(value: float | None) -> str:
+    """``94.2%``, or ``n/a``."""
+    return "n/a" if value is None else f"{100 * value:.1f}%"
+
+
+def with_interval(accuracy: Accuracy) -> str:
+    """``94.2% [91.8, 95.9]``, the bounds in percent."""
+    low, high = accuracy.interval
+    return f"{percent(accuracy.rate)} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def to_markdown(report: Report, pictures: Mapping[str, str]) -> str:
+    """The text of ``report.md``; ``pictures`` maps a caption to a file name beside it."""
+    recovered = [
+        [
+            domain,
+            with_interval(report.before[domain]),
+            with_interval(report.after[domain]),
+            f"{with_interval(report.teachers[teacher][domain])} ({teacher})",
+            f"**{percent(report.recovery(domain))}**",
+            "{0.before:.4f} → {0.after:.4f}".format(report.reverse_kl[teacher][domain]),
+            str(report.after[domain].total),
+        ]
+        for domain, teacher in report.teacher_of.items()
+    ]
+    headings = ["domain", "student before", "student after", "teacher", "recovery", "reverse KL (nats/token)", "tasks"]
+    matrix = [
+        [name, *(with_interval(row[d]) if d in row else "" for d in report.domains)]
+        for name, row in report.rows().items()
+    ]
+    parts = [
+        f"# {report.title}",
+        "Greedy accuracy on held-out tasks with Wilson 95% intervals. Recovery is the share of the way from the student"
+        " before to its teacher, in accuracy.",
+        _table(headings, recovered),
+        "## Every model on every domain",
+        _table(["", *report.domains], matrix),
+        *[f"## {caption}\n\n![{caption}]({name})" for caption, name in pictures.items()],
+        "## The run",
+        _table(["", ""], [["wall time", duration(report.wall_s)], *([k, str(v)] for k, v in _settings(report))]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """``1 h 02 min``, ``3 min 05 s`` or ``12 s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def write(report: Report, directory: Path | str) -> list[Path]:
+    """Write pictures, ``report.md`` and last ``report.json``, each file whole or not at all; returns their paths."""
+    from megatron_mopd import plots  # matplotlib is needed only here
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    written, pictures = [], {}
+    for caption, name, figure in plots.figures(report):
+        written.append(_atomically(directory / name, lambda path, figure=figure: plots.save(figure, path)))
+        pictures[caption] = name
+    markdown = to_markdown(report, pictures)
+    text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+    written.append(_atomically(directory / "report.md", lambda path: path.write_text(markdown, encoding="utf-8")))
+    written.append(_atomically(directory / "report.json", lambda path: path.write_text(text, encoding="utf-8")))
+    return written
+
+
+def _settings(report: Report) -> list[tuple[str, Any]]:
+    return [*report.parallel.items(), *report.versions.items()]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    align = ["---", *["---:"] * (len(headings) - 1)]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in [headings, align, *rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def _atomically(path: Path, fill: Callable[[Path], Any]) -> Path:
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        fill(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
