@@ -1,0 +1,110 @@
+"""Greedy accuracy on held-out prompts; exact reverse KL to teachers, advantages and examples on held-out rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_mopd import provenance
+from megatron_mopd.parallel import Groups
+from megatron_mopd.prompts import verify
+from megatron_mopd.records import Policy, Prompt, Rollout, Sampling
+from megatron_mopd.report import Accuracy
+from megatron_mopd.rollout import Sampler
+from megatron_mopd.tokenizer import ChatTokenizer
+
+if TYPE_CHECKING:
+    from megatron_mopd.teachers import TeacherPool
+
+EXAMPLES = 2
+"""Rollouts of each domain kept whole, for the report's pictures."""
+
+
+def held_out(prompts: Sequence[Prompt], per_domain: int) -> list[Prompt]:
+    """The first ``per_domain`` prompts of each domain, in the order of the data."""
+    taken: dict[str, int] = {}
+    chosen = []
+    for prompt in prompts:
+        if taken.get(prompt.domain, 0) < per_domain:
+            taken[prompt.domain] = taken.get(prompt.domain, 0) + 1
+            chosen.append(prompt)
+    return chosen
+
+
+def sample(
+    sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling, groups: Groups, batch_size: int, seed: int
+) -> list[Rollout]:
+    """One completion of each prompt of this data-parallel rank's share."""
+    share = prompts[groups.dp_rank :: groups.dp_size]
+    # Draw -1: evaluation never shares its noise with a training draw.
+    return sampler.generate([(prompt, 0) for prompt in share], sampling, seed, -1, batch_size)
+
+
+def accuracy(
+    sampler: Sampler, prompts: Sequence[Prompt], tokenizer: ChatTokenizer, groups: Groups, max_new_tokens: int, batch_size: int
+) -> dict[str, Accuracy]:
+    """Greedy accuracy per domain, judged by each prompt's verifier (a score of 1 counts). Equal on all ranks."""
+    greedy = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop_tokens=tuple(tokenizer.stop_tokens))
+    rollouts = sample(sampler, prompts, greedy, groups, batch_size, seed=0)
+    domains = sorted({p.domain for p in prompts})
+    counts = torch.zeros(len(domains), 2, dtype=torch.int64, device=groups.device)
+    for rollout in rollouts:
+        text = tokenizer.decode(rollout.completion.tolist())
+        right = rollout.finish == "stop" and verify(rollout.prompt, text) >= 1.0
+        counts[domains.index(rollout.prompt.domain)] += torch.tensor([int(right), 1], device=groups.device)
+    torch.distributed.all_reduce(counts, group=groups.dp)
+    return {d: Accuracy(correct=int(c), total=int(t)) for d, (c, t) in zip(domains, counts.tolist(), strict=True)}
+
+
+def diagnose(
+    sampler: Sampler,
+    teachers: TeacherPool,
+    prompts: Sequence[Prompt],
+    tokenizer: ChatTokenizer,
+    groups: Groups,
+    sampling: Sampling,
+    policy: Policy,
+    batch_size: int,
+) -> dict[str, Any]:
+    """What the teachers make of the student's own held-out rollouts, as JSON values equal on all ranks.
+
+    ``reverse_kl``: {teacher: {domain: nats}}, exact, all pairs; ``advantages``: {domain: [log-ratio of each token]};
+    ``examples``: a few rollouts of each domain with their tokens' texts and advantages.
+    """
+    rollouts = sample(sampler, prompts, sampling, groups, batch_size, seed=0)
+    kl = teachers.reverse_kl(sampler.model, rollouts, all_pairs=True)
+    signed = [provenance.sign(r, policy, tokenizer, sampling, seed=0, draw=-1) for r in rollouts]
+    advantages: dict[str, list[float]] = {}
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for item in teachers.score(signed):
+        rollout, domain = item.rollout, item.rollout.prompt.domain
+        assert rollout.behav_logprobs is not None
+        values = [round(v, 4) for v in (item.teacher_logprobs - rollout.behav_logprobs).tolist()]
+        advantages.setdefault(domain, []).extend(values)
+        example = {
+            "domain": domain,
+            "prompt": rollout.prompt.messages[-1]["content"],
+            "tokens": [tokenizer.decode([token]) or "⏎" for token in rollout.completion.tolist()],
+            "advantages": values,
+        }
+        examples.setdefault(domain, []).append(example)
+    # The examples that the teacher likes least are the ones worth a picture.
+    worst = {d: sorted(e, key=lambda x: min(x["advantages"]))[:EXAMPLES] for d, e in examples.items()}
+    shares: list[Any] = [None] * groups.dp_size
+    torch.distributed.all_gather_object(shares, (advantages, worst), group=groups.dp)
+    domains = sorted({d for share, _ in shares for d in share})
+    return {
+        "reverse_kl": kl,
+        "advantages": {d: [v for share, _ in shares for v in share.get(d, [])] for d in domains},
+        "examples": [e for d in domains for e in [x for _, share in shares for x in share.get(d, [])][:EXAMPLES]],
+    }
+
+
+def to_json(result: Mapping[str, Accuracy]) -> dict[str, dict[str, int]]:
+    return {d: {"correct": a.correct, "total": a.total} for d, a in result.items()}
+
+
+def from_json(tree: Mapping[str, Mapping[str, int]]) -> dict[str, Accuracy]:
+    return {d: Accuracy(correct=a["correct"], total=a["total"]) for d, a in tree.items()}

@@ -1,0 +1,67 @@
+"""The recovery report of a recipe: reads what its stages left, writes ``report.json``, ``report.md`` and pictures."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_mopd import evaluation, metrics, report, screen
+from megatron_mopd.config import Config
+from megatron_mopd.report import Divergence, Example, Report
+
+PACKAGES = ("megatron-mopd", "megatron-core", "torch", "triton", "transformers", "reasoning-gym", "numpy")
+
+
+def build(directory: Path, name: str, config: Config, wall_s: float) -> Report:
+    """The report on stage ``name`` of the recipe in ``directory``, whose teachers are stages of the same recipe."""
+    before, after = _read(directory / name / "before.json"), _read(directory / name / "result.json")
+    teacher_of = {domain: teacher for teacher, t in config.teachers.items() for domain in t.domains}
+    rows = metrics.read(directory / name)
+    return Report(
+        title=f"{directory.name}: {len(config.teachers)} teachers into one student",
+        teacher_of=teacher_of,
+        before=evaluation.from_json(before["accuracy"]),
+        after=evaluation.from_json(after["accuracy"]),
+        teachers={t: evaluation.from_json(_read(directory / t / "result.json")["accuracy"]) for t in config.teachers},
+        reverse_kl={
+            teacher: {d: Divergence(before=kl, after=after["reverse_kl"][teacher][d]) for d, kl in row.items()}
+            for teacher, row in before["reverse_kl"].items()
+        },
+        parallel=config.parallel.model_dump(),
+        versions={"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        wall_s=wall_s,
+        steps=config.run.steps,
+        accuracy_history={
+            d: [(point["step"], evaluation.from_json(point["accuracy"])[d]) for point in after["history"]]
+            for d in teacher_of
+        },
+        kl_history={d: metrics.series(rows, f"reverse_kl_k1/{d}") for d in teacher_of},
+        advantages=before["advantages"],
+        examples=[
+            Example(
+                domain=e["domain"],
+                prompt=e["prompt"],
+                tokens=tuple(e["tokens"]),
+                advantages=tuple(e["advantages"]),
+                note=when,
+            )
+            for when, tree in (("before", before), ("after", after))
+            for e in tree["examples"]
+        ],
+    )
+
+
+def publish(directory: Path, name: str, config: Config, wall_s: float) -> Report:
+    """Write the report beside the stages and show it."""
+    made = build(directory, name, config, wall_s)
+    report.write(made, directory)
+    screen.show(made)
+    return made
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text())

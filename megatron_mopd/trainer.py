@@ -1,0 +1,243 @@
+"""One loop for every stage: a source of trajectories, a signal on them, an objective over them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from megatron_mopd import batch, checkpoint, evaluation, metrics, presets, provenance, student
+from megatron_mopd.config import Config, Mopd
+from megatron_mopd.objectives.cross_entropy import cross_entropy_loss
+from megatron_mopd.objectives.mopd import mopd_loss
+from megatron_mopd.objectives.outcome import group_advantages
+from megatron_mopd.parallel import Groups
+from megatron_mopd.prompts import check_disjoint, load_prompts
+from megatron_mopd.records import MicroBatch, Policy, Prompt, Rollout, ScoredRollout
+from megatron_mopd.rollout import Sampler
+from megatron_mopd.sources import DatasetSource, RolloutSource
+from megatron_mopd.teachers import TeacherPool
+from megatron_mopd.tokenizer import build_tokenizer
+from megatron_mopd.update import Learner, Objective, StepOutput
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Builds a stage from its configuration and runs it; every rank makes one and calls it alike.
+
+    ``objective`` replaces the configured one (a function of log-probabilities, micro-batch and counts); the default follows
+    ``config.objective``.
+    """
+
+    def __init__(self, config: Config, groups: Groups, objective: Objective | None = None):
+        self.config, self.groups = config, groups
+        self.tokenizer = build_tokenizer(config.tokenizer)
+        self.vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
+        precision = presets.resolve_precision(config.run.precision, groups.device)
+        build = partial(student.build_model, config.model, config.parallel, groups, self.vocab_size, precision)
+        self.held_out = load_prompts(
+            config.data.held_out, self.tokenizer, config.model.max_sequence_length, need_verifier=True
+        )
+        self.teachers = TeacherPool(config, groups, self.tokenizer) if config.teachers else None
+        model = build(mtp=True)
+        self.initial_id: str | None = None
+        if config.model.initial is not None:
+            self.initial_id = checkpoint.load_weights(config.model.initial, model, groups)["checkpoint_id"]
+        self.learner = Learner(model, config, groups, self.vocab_size, self.tokenizer.pad_token)
+        self.sampler = Sampler(model, groups, config.model.max_sequence_length, valid_vocab=self.vocab_size)
+        self.source: DatasetSource | RolloutSource = (
+            DatasetSource(config, groups, self.tokenizer)
+            if config.source.type == "dataset"
+            else RolloutSource(config, groups, self.tokenizer, self.sampler)
+        )
+        check_disjoint(self.source.items, self.held_out)
+        if self.teachers is not None:
+            self.teachers.require(item.domain for item in self.source.items if isinstance(item, Prompt))
+        self.objective = objective or self._objective()
+        self.in_flight: deque[list[ScoredRollout | Rollout]] = deque()
+        self.step_index = 0
+        self.history: list[dict[str, Any]] = []  # greedy evaluations while training
+        self.times: dict[str, float] = {}
+
+    # ------------------------------------------------------------------ one step
+
+    def step(self) -> dict[str, float]:
+        """One collected batch, one update; returns the step's metrics, equal on all ranks."""
+        self.times = {}
+        with self._timed("collect"):
+            while len(self.in_flight) <= self._lag:
+                self.in_flight.append(self._score(self.source.draw(self.policy)))
+        rollouts = self.in_flight.popleft()
+        provenance.check(rollouts, self.policy, self._lag, self.tokenizer, self.teachers)
+        minibatches = self._minibatches(rollouts)
+        with self._timed("update"):
+            outputs = [self.learner.step(minibatch, self.objective) for minibatch in minibatches]
+        self.step_index += 1
+        return self._measure(rollouts, outputs)
+
+    @property
+    def policy(self) -> Policy:
+        """Who the current weights are."""
+        return Policy(run_id=self.config.run_id, step=self.step_index)
+
+    @property
+    def _lag(self) -> int:
+        return self.config.rollout.lag if self.config.source.type == "rollout" else 0
+
+    def _score(self, rollouts: list[Rollout]) -> list[ScoredRollout | Rollout]:
+        if not isinstance(self.config.objective, Mopd):
+            return list(rollouts)
+        assert self.teachers is not None  # config.Config sees to it
+        with self._timed("score"):
+            return list(self.teachers.score(rollouts))
+
+    def _minibatches(self, rollouts: Sequence[ScoredRollout | Rollout]) -> list[list[MicroBatch]]:
+        """One list of micro-batches per optimizer step; the global split is the same for any number of ranks."""
+        settings, parts = self.config.objective, self.config.objective.minibatches
+        outcome = None
+        if isinstance(settings, Mopd) and settings.outcome_weight:
+            outcome = group_advantages([r.rollout if isinstance(r, ScoredRollout) else r for r in rollouts])
+        packed = []
+        for part in range(parts):
+            # Every parts-th prompt of the global batch: rank r holds global prompts r, r + dp_size, ...
+            samples = self.config.rollout.samples_per_prompt if self.config.source.type == "rollout" else 1
+            chosen = [
+                i for i in range(len(rollouts)) if (i // samples * self.groups.dp_size + self.groups.dp_rank) % parts == part
+            ]
+            packed.append(
+                batch.pack(
+                    [rollouts[i] for i in chosen],
+                    self.config.batching.micro_batch_size,
+                    self.tokenizer.pad_token,
+                    domain_weights=settings.domain_weights,
+                    outcome_advantages=None if outcome is None else [outcome[i] for i in chosen],
+                    length_multiple=self.groups.tp_size,
+                )
+            )
+        if isinstance(settings, Mopd) and parts > 1:
+            # With one optimizer step per batch prox is the training forward itself and no extra forward runs.
+            packed = [self.learner.with_prox(minibatch) for minibatch in packed]
+        return packed
+
+    def _objective(self) -> Objective:
+        settings = self.config.objective
+        if isinstance(settings, Mopd):
+            return lambda logprobs, micro_batch, counts: mopd_loss(logprobs, micro_batch, settings, counts)
+        return lambda logprobs, micro_batch, counts: cross_entropy_loss(logprobs, micro_batch, settings, counts)
+
+    def _measure(self, rollouts: Sequence[ScoredRollout | Rollout], outputs: Sequence[StepOutput]) -> dict[str, float]:
+        return {
+            "loss": sum(o.loss for o in outputs) / len(outputs),
+            "mtp_loss": sum(o.mtp_loss for o in outputs) / len(outputs),
+            "grad_norm": sum(o.grad_norm for o in outputs) / len(outputs),
+            "mtp_grad_norm": sum(o.mtp_grad_norm for o in outputs) / len(outputs),
+            "lr": outputs[-1].lr,
+            **metrics.of_step(rollouts, outputs, self.config, self.groups.dp),
+            **{f"time/{name}": seconds for name, seconds in self.times.items()},
+        }
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.times[name] = self.times.get(name, 0.0) + time.perf_counter() - start
+
+    # ------------------------------------------------------------------ a whole stage
+
+    def run(self, report: Callable[[int, Mapping[str, float]], None] = lambda step, row: None) -> None:
+        """Train to ``run.steps`` from where :meth:`resume` left off, keep checkpoints, and leave the last one."""
+        settings = self.config
+        while self.step_index < settings.run.steps:
+            row = self.step()
+            if settings.evaluation.every and self.step_index % settings.evaluation.every == 0:
+                row |= self._evaluate_on_the_way()
+            report(self.step_index, row)
+            last = self.step_index == settings.run.steps
+            if last or (settings.checkpoint.every and self.step_index % settings.checkpoint.every == 0):
+                self.save()
+
+    def accuracy(self, samples: int) -> dict[str, evaluation.Accuracy]:
+        """Greedy accuracy of the current weights on ``samples`` held-out prompts per domain."""
+        return evaluation.accuracy(
+            self.sampler,
+            evaluation.held_out(self.held_out, samples),
+            self.tokenizer,
+            self.groups,
+            self.config.rollout.max_new_tokens,
+            self.config.evaluation.batch_size,
+        )
+
+    def measure(self, samples: int) -> dict[str, Any]:
+        """Greedy accuracy of the current weights and, with teachers, what they make of the rollouts; JSON values."""
+        result: dict[str, Any] = {"accuracy": evaluation.to_json(self.accuracy(samples))}
+        if self.teachers is None or not isinstance(self.source, RolloutSource):
+            return result
+        return result | evaluation.diagnose(
+            self.sampler,
+            self.teachers,
+            evaluation.held_out(self.held_out, samples),
+            self.tokenizer,
+            self.groups,
+            self.source.sampling,
+            self.policy,
+            self.config.evaluation.batch_size,
+        )
+
+    def _evaluate_on_the_way(self) -> dict[str, float]:
+        with self._timed("evaluate"):
+            result = self.accuracy(self.config.evaluation.samples)
+        self.history.append({"step": self.step_index, "accuracy": evaluation.to_json(result)})
+        return {f"accuracy/{domain}": a.rate for domain, a in result.items()}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint from which :meth:`resume` goes on bit for bit, rollouts in flight included."""
+        state = {
+            "step": self.step_index,
+            "source": self.source.state_dict(),
+            "history": self.history,
+            "schedule": self.learner.schedule.state_dict(),
+        }
+        checkpoint.save(
+            self.config.run.dir / "checkpoints",
+            self.step_index,
+            self.learner.model,
+            self.learner.optimizer,
+            self.groups,
+            state=state,
+            rollouts=[list(rollouts) for rollouts in self.in_flight],
+            manifest=self._manifest(),
+            keep=self.config.checkpoint.keep,
+        )
+
+    def resume(self) -> bool:
+        """Load the newest complete checkpoint of this run, if there is one."""
+        root = self.config.run.dir / "checkpoints"
+        if checkpoint.latest(root) is None:
+            return False
+        found = checkpoint.load(root, self.learner.model, self.learner.optimizer, self.groups)
+        provenance.check_manifest(found.manifest, self._manifest(), where=str(root))
+        self.step_index = found.state["step"]
+        self.source.load_state_dict(found.state["source"])
+        self.history = found.state["history"]
+        self.learner.schedule.load_state_dict(found.state["schedule"])
+        self.in_flight = deque(found.rollouts)
+        log.info("resumed %s at step %d", root, self.step_index)
+        return True
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "run_id": self.config.run_id,
+            "initial_id": self.initial_id,
+            "tokenizer_sha": self.tokenizer.tokenizer_sha,
+            "template_sha": self.tokenizer.template_sha,
+            "vocab_size": self.vocab_size,
+            "model": self.config.model.model_dump(mode="json", exclude={"initial"}),
+            "teachers": None if self.teachers is None else self.teachers.ids,
+        }

@@ -1,0 +1,229 @@
+"""The student under training: mcore's DDP, optimizer, learning-rate schedule and forward-backward schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+from mopd_kernels import linear_logprob
+from torch import Tensor
+
+from megatron_mopd import batch as batches_of
+from megatron_mopd import student
+from megatron_mopd.config import Config, ConfigurationError
+from megatron_mopd.objectives.mtp import mtp_cross_entropy
+from megatron_mopd.parallel import Groups
+from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
+
+Objective = Callable[[Tensor, MicroBatch, Counts], ObjectiveOutput]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """What one optimizer step leaves behind."""
+
+    loss: float  # global
+    mtp_loss: float  # global, before its weight; 0 without MTP
+    grad_norm: float  # the trunk's, before clipping
+    mtp_grad_norm: float  # 0 without MTP
+    lr: float
+    per_token: Sequence[tuple[MicroBatch, Mapping[str, Tensor]]]  # this rank's micro-batches
+
+
+class Learner:
+    """Owns the training state of the student; one call of :meth:`step` is one optimizer step."""
+
+    def __init__(self, model: torch.nn.Module, config: Config, groups: Groups, vocab_size: int, pad_token: int):
+        self.config, self.groups, self.vocab_size, self.pad_token = config, groups, vocab_size, pad_token
+        self.train_mtp = config.mtp.train and student.has_mtp(model)
+        if not self.train_mtp and student.has_mtp(model):
+            model.mtp.requires_grad_(False)
+        self.model = _wrap(model, config, groups)
+        self.model.broadcast_params()
+        self.optimizer = _optimizer(self.model, config, groups)
+        self.schedule = _schedule(self.optimizer, config)
+        model.config.finalize_model_grads_func = _finalize
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        model.config.no_sync_func = self.model.no_sync
+
+    @property
+    def module(self) -> Any:
+        """The plain model inside DDP."""
+        return self.model.module
+
+    def logprobs(self, micro_batch: MicroBatch) -> Tensor:
+        """fp32 [T]: log-probability of each completion token at the sampling temperature, under the current weights."""
+        return self._forward(micro_batch, mtp=False)[0]
+
+    def with_prox(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """The same micro-batches with ``prox_logprobs``: log pi_prox of Eq. 2, the policy at the start of the updates."""
+        with torch.no_grad():
+            return [dataclasses.replace(mb, prox_logprobs=self.logprobs(mb)) for mb in self.even(micro_batches)]
+
+    def even(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Pad with empty micro-batches until all data-parallel ranks run the same number of forwards."""
+        count = torch.tensor(len(micro_batches), device=self.groups.device)
+        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=self.groups.dp)
+        missing = int(count) - len(micro_batches)
+        return [*micro_batches, *[batches_of.empty(self.pad_token, self.groups.tp_size)] * missing]
+
+    def counts(self, micro_batches: Sequence[MicroBatch]) -> Counts:
+        """Global completion tokens and sequences of one optimizer step, before any mask of the objective."""
+        local = [sum(len(mb.targets) for mb in micro_batches), sum(int((mb.cu_seqlens.diff() > 0).sum()) for mb in micro_batches)]
+        total = torch.tensor(local, dtype=torch.int64, device=self.groups.device)
+        torch.distributed.all_reduce(total, group=self.groups.dp)
+        return Counts(tokens=int(total[0]), sequences=int(total[1]))
+
+    def step(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> StepOutput:
+        """Forward, backward and optimizer step over this rank's micro-batches; every rank calls it together."""
+        micro_batches = self.even(micro_batches)
+        counts = self.counts(micro_batches)
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = forward_backward_no_pipelining(
+            forward_step_func=lambda iterator, _: self._forward_step(next(iterator), objective, counts),
+            data_iterator=iter(micro_batches),
+            model=[self.model],
+            num_microbatches=len(micro_batches),
+            seq_length=0,  # unused without pipelining
+            micro_batch_size=0,
+            pg_collection=self.groups.pg,
+        )
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        success, grad_norm, _ = self.optimizer.step()
+        if not success:
+            raise FloatingPointError(
+                "the gradient holds inf or NaN; the weights are those of the previous step."
+                " Resume from the last checkpoint with a lower optimizer.lr or objective.advantage_clip"
+            )
+        self.schedule.step(increment=1)
+        losses = torch.stack([torch.stack([o["loss"], o["mtp_loss"]]) for o in outputs]).sum(0)
+        torch.distributed.all_reduce(losses, group=self.groups.dp)
+        return StepOutput(
+            loss=float(losses[0]),
+            mtp_loss=float(losses[1]),
+            grad_norm=float(grad_norm),
+            mtp_grad_norm=float(self.optimizer.grad_norms_by_group.get("mtp", 0.0)),
+            lr=lr,
+            per_token=[(mb, o["per_token"]) for mb, o in zip(micro_batches, outputs, strict=True)],
+        )
+
+    def _forward(self, micro_batch: MicroBatch, mtp: bool) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        device = self.groups.device
+        out = student.forward(self.model, micro_batch.tokens.to(device), mtp=mtp)
+        hidden = student.gather_hidden(out.hidden, self.groups, self.module.config)
+        logprobs = linear_logprob(
+            hidden[micro_batch.rows.to(device)],
+            out.output_weight,
+            micro_batch.targets.to(device),
+            temperature=self.temperature,
+            group=self.groups.tp,
+            valid_vocab=self.vocab_size,
+        )
+        mtp_hidden = tuple(student.gather_hidden(h, self.groups, self.module.config) for h in out.mtp_hidden)
+        return logprobs, mtp_hidden, out.output_weight
+
+    @property
+    def temperature(self) -> float:
+        """Log-probabilities are taken at the temperature the tokens were sampled at; a dataset has none."""
+        return self.config.rollout.temperature if self.config.source.type == "rollout" else 1.0
+
+    def _forward_step(self, micro_batch: MicroBatch, objective: Objective, counts: Counts) -> tuple[Tensor, Callable]:
+        logprobs, mtp_hidden, output_weight = self._forward(micro_batch, mtp=self.train_mtp)
+        output = objective(logprobs, micro_batch, counts)
+        loss, mtp_loss = output.loss, output.loss.new_zeros(())
+        if mtp_hidden:
+            mtp_loss = mtp_cross_entropy(
+                mtp_hidden,
+                output_weight.detach(),
+                micro_batch,
+                counts,
+                group=self.groups.tp,
+                valid_vocab=self.vocab_size,
+            ).loss
+            loss = loss + self.config.mtp.weight * mtp_loss
+        report = {"loss": output.loss.detach(), "mtp_loss": mtp_loss.detach(), "per_token": output.per_token}
+        # The loss is already a share of the global mean. mcore's three-value form under calculate_per_token_loss scales
+        # neither by micro-batches nor by data-parallel ranks; the token count it wants stays unused by _finalize.
+        return loss, lambda value: (value, torch.zeros((), dtype=torch.int, device=value.device), report)
+
+
+def _finalize(models: list[Any], num_tokens: Tensor | None, **options: Any) -> None:
+    """mcore's gradient finalisation without its division by the token count: denominators are in the loss already."""
+    finalize_model_grads(models, None, **options)
+
+
+def _wrap(model: Any, config: Config, groups: Groups) -> DistributedDataParallel:
+    fields: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": config.optimizer.distributed,
+        "check_for_nan_in_grad": False,  # the optimizer step reports it with a way out
+    }
+    if config.optimizer.ddp.get("overlap_param_gather"):
+        raise ConfigurationError(
+            "optimizer.ddp.overlap_param_gather = true: the output weight is read outside its module, where mcore's"
+            " gather hook cannot wait for it; leave it false"
+        )
+    ddp_config = _fields(DistributedDataParallelConfig, fields, config.optimizer.ddp, "optimizer.ddp")
+    return DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups.pg)
+
+
+def _optimizer(model: DistributedDataParallel, config: Config, groups: Groups) -> Any:
+    settings, bf16 = config.optimizer, next(model.parameters()).dtype == torch.bfloat16
+    fields = {
+        "lr": settings.lr,
+        "min_lr": settings.lr * settings.decay_to,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.betas[0],
+        "adam_beta2": settings.betas[1],
+        "adam_eps": settings.eps,
+        "clip_grad": settings.clip_grad,
+        "use_distributed_optimizer": settings.distributed,
+        "bf16": bf16,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+    }
+    return get_megatron_optimizer(
+        _fields(OptimizerConfig, fields, settings.options, "optimizer.options"),
+        [model],
+        use_gloo_process_groups=False,
+        pg_collection=groups.pg,
+    )
+
+
+def _schedule(optimizer: Any, config: Config) -> OptimizerParamScheduler:
+    settings = config.optimizer
+    steps = config.run.steps * config.objective.minibatches
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=settings.lr * settings.warmup_from,
+        max_lr=settings.lr,
+        min_lr=settings.lr * settings.decay_to,
+        lr_warmup_steps=min(settings.warmup_steps, steps - 1),
+        lr_decay_steps=steps,
+        lr_decay_style=settings.decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
+
+
+def _fields(kind: type, ours: Mapping[str, Any], given: Mapping[str, Any], where: str) -> Any:
+    """An mcore config from our values and the user's, refusing names that mcore does not know or that have a setting."""
+    known = {f.name for f in dataclasses.fields(kind)}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigurationError(f"{where}.{name}: mcore's {kind.__name__} has no such field" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if name in ours and name != "check_for_nan_in_grad":
+            raise ConfigurationError(f"{where}.{name}: has a setting of its own under optimizer (or follows run.precision); set it there")
+    return kind(**{**ours, **given})

@@ -1,0 +1,301 @@
+"""The loop as a whole: sampling, scoring, updating, stopping and resuming, on one rank and on several."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_mopd import batch, checkpoint, parallel, student
+from megatron_mopd.config import Config, ConfigurationError, Parallel, build_config
+from megatron_mopd.metrics import read, untimed
+from megatron_mopd.objectives.mopd import mopd_loss
+from megatron_mopd.parallel import Groups
+from megatron_mopd.provenance import ProvenanceError
+from megatron_mopd.records import Counts, MicroBatch, Policy, Prompt, Provenance, Rollout, Sampling, ScoredRollout
+from megatron_mopd.settings import overlay
+from megatron_mopd.train import run_stage
+from megatron_mopd.trainer import Trainer
+from megatron_mopd.update import Learner
+
+VOCAB = 101
+
+
+def task(domain: str, split: str, size: int, template: str) -> dict[str, Any]:
+    return {
+        "type": "reasoning_gym",
+        "domain": domain,
+        "family": "spell_backward",
+        "template": template,
+        "size": size,
+        "split": split,
+        "options": {"min_word_len": 3, "max_word_len": 5},
+    }
+
+
+def tree(directory: Path, **changes: Any) -> dict[str, Any]:
+    """A stage small enough to run in seconds: two domains, a student of two layers and one MTP depth."""
+    common = {
+        "run": {"dir": str(directory), "steps": 2, "seed": 7},
+        "model": {"pattern": "M*E/*E", "max_sequence_length": 32},
+        "data": {
+            "train": [task("plain", "train", 40, "{word}"), task("loud", "train", 40, "! {word}")],
+            "held_out": [task("plain", "held_out", 6, "{word}"), task("loud", "held_out", 6, "! {word}")],
+        },
+        "rollout": {"prompts_per_step": 8, "max_new_tokens": 6, "batch_size": 8},
+        "batching": {"micro_batch_size": 4, "sequences_per_step": 8},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 0},
+        "evaluation": {"final_samples": 6},
+    }
+    return overlay(common, changes)
+
+
+SFT = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}}
+
+
+def teach(root: Path, groups: Groups) -> dict[str, Any]:
+    """Two teachers and a student start, trained for a step each from different seeds; the tree of a MOPD stage on them."""
+    for seed, name in enumerate(("base", "first", "second")):
+        run_stage(build_config(tree(root / name, **SFT, run={"dir": str(root / name), "steps": 1, "seed": seed})), groups)
+    return {
+        "model": {"pattern": "M*E/*E", "max_sequence_length": 32, "initial": str(root / "base" / "checkpoints")},
+        "teachers": {
+            "first": {"checkpoint": str(root / "first" / "checkpoints"), "domains": ["plain"]},
+            "second": {"checkpoint": str(root / "second" / "checkpoints"), "domains": ["loud"]},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def school(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("school")
+    return root, ranks(1, teach_on_a_rank, root)[0]
+
+
+def teach_on_a_rank(root: Path) -> dict[str, Any]:
+    return teach(root, parallel.initialize(Parallel(), 0))
+
+
+class Killed(Exception):
+    """Stands for a process that is stopped at any moment."""
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.learner.module.named_parameters()}
+
+
+def run_and_resume(root: Path, mopd: dict[str, Any], name: str, layout: dict[str, Any]) -> tuple[bool, bool, list[Any]]:
+    """An uninterrupted run of 4 steps beside one that dies in step 4 and starts again from the checkpoint of step 2."""
+    settings = {"checkpoint": {"every": 2}, "parallel": layout, "rollout": {"lag": 1}, "objective": {"type": "mopd", "minibatches": 2}}
+    configs = [
+        build_config(tree(root / f"{name}{i}", **overlay(mopd, settings), run={"dir": str(root / f"{name}{i}"), "steps": 4, "id": name}))
+        for i in range(2)
+    ]
+    whole = Trainer(configs[0], parallel.initialize(configs[0].parallel, 7))
+    rows: list[list[Any]] = [[], []]
+    whole.run(lambda step, row: rows[0].append(untimed(row)))
+
+    first = Trainer(configs[1], parallel.initialize(configs[1].parallel, 7))
+
+    def die(step: int, row: Any) -> None:
+        if step == 4:
+            raise Killed
+        if step <= 2:
+            rows[1].append(untimed(row))
+
+    with pytest.raises(Killed):
+        first.run(die)
+    again = Trainer(configs[1], parallel.initialize(configs[1].parallel, 7))
+    assert again.resume() and again.step_index == 2 and len(again.in_flight) == 1
+    again.run(lambda step, row: rows[1].append(untimed(row)))
+    a, b = weights(whole), weights(again)
+    return all(torch.equal(a[n], b[n]) for n in a), rows[0] == rows[1], rows[0]
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"), [(1, {}), (2, {}), (2, {"tensor": 2}), (2, {"expert": 2})], ids=["one", "dp2", "tp2", "ep2"]
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    ranks: Any, school: Any, world: int, layout: dict[str, Any]
+) -> None:
+    root, mopd = school
+    name = f"resume{world}{''.join(layout)}"
+    for same_weights, same_rows, rows in ranks(world, run_and_resume, root, mopd, name, layout):
+        assert same_weights and same_rows
+        assert len(rows) == 4 and any(row["grad_norm"] > 0 for row in rows)
+
+
+def go_on_elsewhere(root: Path, mopd: dict[str, Any], layout: dict[str, Any], steps: int) -> tuple[int, float, str]:
+    config = build_config(
+        tree(root, **overlay(mopd, {"parallel": layout, "rollout": {"lag": 1}}), run={"dir": str(root / "moving"), "steps": steps})
+    )
+    trainer = Trainer(config, parallel.initialize(config.parallel, 7))
+    trainer.resume()
+    start = trainer.step_index
+    last: list[Any] = []
+    trainer.run(lambda step, row: last.append(row))
+    return start, last[-1]["loss"], checkpoint.read_manifest(root / "moving" / "checkpoints")["checkpoint_id"]
+
+
+def test_a_run_moves_to_another_layout_and_back(ranks: Any, school: Any) -> None:
+    root, mopd = school
+    steps = [(1, {}), (2, {"tensor": 2}), (2, {"expert": 2}), (1, {})]
+    for index, (world, layout) in enumerate(steps):
+        results = ranks(world, go_on_elsewhere, root, mopd, layout, index + 1)
+        assert {start for start, _, _ in results} == {index}  # each went on where the last stopped
+        assert len({result[1:] for result in results}) == 1  # and all ranks agree on loss and weights
+
+
+def scored(count: int) -> list[ScoredRollout]:
+    """A global batch with ragged prompts and completions, and log-probabilities as a lagging engine would give."""
+    g = torch.Generator().manual_seed(3)
+    result = []
+    for i in range(count):
+        prompt = tuple(torch.randint(0, VOCAB, (1 + i % 5,), generator=g).tolist())
+        n = 1 + (3 * i) % 7
+        completion = torch.randint(0, VOCAB, (n,), generator=g)
+        behav = -4.6 + torch.randn(n, generator=g)
+        domain = ("plain", "loud")[i % 2]
+        sampling = Sampling(temperature=1.0, max_new_tokens=7, stop_tokens=(1,))
+        record = Provenance(
+            policy=Policy(run_id="r", step=0), teacher_id="t", tokenizer_sha="", template_sha="", sampling=sampling, domain=domain, seed=0
+        )
+        rollout = Rollout(
+            prompt=Prompt(id=str(i), domain=domain, messages=(), tokens=prompt),
+            sample=0,
+            completion=completion,
+            finish="length",
+            behav_logprobs=behav,
+            provenance=record,
+        )
+        result.append(ScoredRollout(rollout=rollout, teacher="t", teacher_logprobs=behav + torch.randn(n, generator=g)))
+    return result
+
+
+def one_update(root: Path, mopd: dict[str, Any], layout: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
+    """One plain gradient step of size 1 on the global batch; the weights that come out are left in a checkpoint."""
+    settings = {
+        "parallel": layout,
+        "optimizer": {"lr": 1.0, "clip_grad": 1e9, "distributed": False, "options": {"optimizer": "sgd", "sgd_momentum": 0.0}},
+        "objective": {"type": "mopd", "domain_weights": {"loud": 0.5}, "importance_low": 0.05, "importance_high": 20.0},
+    }
+    config = build_config(tree(root, **overlay(mopd, settings)))
+    groups = parallel.initialize(config.parallel, 7)
+    model = student.build_model(config.model, config.parallel, groups, VOCAB, mtp=True)
+    learner = Learner(model, config, groups, VOCAB, pad_token=0)
+    share = scored(13)[groups.dp_rank :: groups.dp_size]
+    packed = batch.pack(share, micro_batch_size, 0, domain_weights=config.objective.domain_weights, length_multiple=groups.tp_size)
+    d_logprobs: list[torch.Tensor] = []
+
+    def objective(logprobs: torch.Tensor, micro_batch: MicroBatch, counts: Counts) -> Any:
+        logprobs.register_hook(lambda grad: d_logprobs.append(grad.clone()))
+        return mopd_loss(logprobs, micro_batch, config.objective, counts)  # type: ignore[arg-type]
+
+    out = learner.step(packed, objective)
+    label = f"{'-'.join(f'{k}{v}' for k, v in layout.items())}{groups.world_size}{micro_batch_size}"
+    target = root / "invariance" / label
+    checkpoint.save(target, 1, learner.model, None, groups, state={}, manifest={"vocab_size": VOCAB})
+    lengths = [len(s.rollout.completion) for s in share]
+    by_prompt = dict(zip((s.rollout.prompt.id for s in share), torch.cat(d_logprobs).split(lengths), strict=True))
+    return {"loss": (out.loss, out.mtp_loss), "norm": (out.grad_norm, out.mtp_grad_norm), "d": by_prompt, "at": target}
+
+
+def delta(root: Path, targets: list[Path]) -> list[dict[str, torch.Tensor]]:
+    """What each update added to the starting weights, on one rank whatever layout made it."""
+    config = build_config(tree(root, **SFT))
+    groups = parallel.initialize(Parallel(), 7)
+    model = student.build_model(config.model, Parallel(), groups, VOCAB, mtp=True)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    result = []
+    for target in targets:
+        checkpoint.load_weights(target, model, groups)
+        result.append({n: p.detach() - start[n] for n, p in model.named_parameters()})
+    return result
+
+
+def test_loss_and_gradients_do_not_depend_on_how_a_batch_is_split(ranks: Any, school: Any) -> None:
+    root, mopd = school
+    splits: list[tuple[int, dict[str, Any], int]] = [
+        (1, {}, 13),
+        (1, {}, 3),
+        (2, {}, 4),
+        (2, {"tensor": 2}, 5),
+        (2, {"expert": 2}, 4),
+        (2, {"expert": 2, "dispatcher": "allgather"}, 13),
+        (4, {"tensor": 2, "expert": 2}, 3),
+        (4, {}, 2),  # 13 sequences on 4 ranks: unequal numbers of micro-batches
+    ]
+    results = [ranks(world, one_update, root, mopd, layout, size) for world, layout, size in splits]
+    for per_rank in results:
+        for result in per_rank:
+            assert result["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-5)
+            assert result["norm"] == pytest.approx(results[0][0]["norm"], rel=1e-4)
+            for prompt, d in result["d"].items():
+                torch.testing.assert_close(d, results[0][0]["d"][prompt], atol=1e-5, rtol=1e-5)
+    reference, *others = ranks(1, delta, root, [per_rank[0]["at"] for per_rank in results])[0]
+    assert all(change.norm() > 0 for name, change in reference.items() if "router" not in name)
+    for other, split in zip(others, splits[1:], strict=True):
+        for name, change in reference.items():
+            error = (other[name] - change).norm() / change.norm().clamp(min=1e-12)
+            assert error < 1e-4 or (other[name] - change).abs().max() < 1e-6, f"{split} {name}: {error:.1e}"
+
+
+def test_a_rollout_of_another_run_stops_the_step_before_the_update(school: Any, groups: Any, tmp_path: Path) -> None:
+    _, mopd = school
+    trainer = Trainer(build_config(tree(tmp_path / "run", **mopd)), groups)
+    before = weights(trainer)
+    trainer.in_flight.append(trainer._score(trainer.source.draw(Policy(run_id="another", step=0))))
+    with pytest.raises(ProvenanceError, match="'another'"):
+        trainer.step()
+    assert all(torch.equal(before[n], p) for n, p in weights(trainer).items())
+
+
+def test_a_stage_leaves_metrics_results_and_a_checkpoint(school: Any, groups: Any, tmp_path: Path) -> None:
+    _, mopd = school
+    config = build_config(tree(tmp_path / "run", **mopd))
+    run_stage(config, groups)
+    assert [row["step"] for row in read(tmp_path / "run")] == [1, 2]
+    before, after = (json.loads((tmp_path / "run" / f).read_text()) for f in ("before.json", "result.json"))
+    assert before["accuracy"]["plain"]["total"] == after["accuracy"]["loud"]["total"] == 6
+    assert set(after["reverse_kl"]) == {"first", "second"}
+    assert before["reverse_kl"]["first"]["plain"] > 0
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "iter_0000002"  # type: ignore[union-attr]
+    assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"teachers": {"first": {"domains": ["plain", "loud"]}, "second": {"checkpoint": "nowhere", "domains": ["x"]}}}, "nowhere"),
+        ({"data": {"train": [task("third", "train", 4, "? {word}")]}}, "third"),
+        ({"model": {"max_sequence_length": 4}}, "model.max_sequence_length"),
+        ({"model": {"initial": "nowhere"}}, "nowhere"),
+        ({"data": {"held_out": [task("plain", "train", 6, "{word}")]}}, "also in data.train"),
+    ],
+    ids=["missing teacher", "domain without teacher", "long prompt", "missing start", "held-out prompt trained on"],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    school: Any, groups: Any, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    _, mopd = school
+    with pytest.raises(ConfigurationError, match=named):
+        run_stage(build_config(tree(tmp_path / "run", **overlay(mopd, change))), groups)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_under_another_teacher_is_refused(school: Any, groups: Any, tmp_path: Path) -> None:
+    _, mopd = school
+    config = build_config(tree(tmp_path / "run", **mopd))
+    Trainer(config, groups).save()
+    swapped: Config = build_config(
+        tree(tmp_path / "run", **overlay(mopd, {"teachers": {"first": {"domains": ["loud"]}, "second": {"domains": ["plain"]}}}))
+    )
+    renamed = overlay(mopd, {})
+    renamed["teachers"] = {"first": mopd["teachers"]["second"] | {"domains": ["plain"]}, "second": mopd["teachers"]["first"] | {"domains": ["loud"]}}
+    assert Trainer(config, groups).resume()
+    for other in (swapped, build_config(tree(tmp_path / "run", **renamed))):
+        with pytest.raises(ProvenanceError, match="teachers"):
+            Trainer(other, groups).resume()
