@@ -32,7 +32,7 @@ $(STAMP): requirements.lock setup.py pyproject.toml .python-version
 lint: $(STAMP) ## ruff, pyright and codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --warnings
+	$(BIN)/pyright
 	$(BIN)/codespell --toml pyproject.toml $$(git ls-files)
 
 test: $(STAMP) ## the tests of a machine without a GPU

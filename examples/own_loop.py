@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=2 examples/own_loop.py CONFIG.yaml
 
-Everything outside the marks is what such a loop has anyway: model, DDP, optimizer, schedule. No trainer of this package runs.
+Everything outside the marks is what such a loop has anyway: model, DDP, optimizer, schedule. No trainer of this
+package runs.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def train(config: Config) -> list[float]:
     # >>> MOPD: what to sample, who scores it
     prompts = PromptStream(load_prompts(config.data.train, tokenizer, config.model.max_sequence_length), {}, seed=0)
     sampler = Sampler(model, groups, config.model.max_sequence_length, tokenizer.vocab_size)
-    sampling = Sampling(temperature=1.0, max_new_tokens=config.rollout.max_new_tokens, stop_tokens=tokenizer.stop_tokens)
+    sampling = Sampling(
+        temperature=1.0, max_new_tokens=config.rollout.max_new_tokens, stop_tokens=tokenizer.stop_tokens
+    )
     teachers = TeacherPool(config, groups, tokenizer)
     # <<<
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_mopd.records import MicroBatch, Rollout, ScoredRollout
 
@@ -21,8 +24,8 @@ def pack(
     """Cut ``rollouts``, in order, into micro-batches of at most ``micro_batch_size`` sequences.
 
     Sequences are padded on the right to the longest of their micro-batch, rounded up to ``length_multiple`` (the tensor
-    parallel size under sequence parallelism). Right padding needs no mask: attention, convolution and state-space scan are
-    causal, so no real position sees it. ``outcome_advantages``: one value per rollout, spread over its tokens.
+    parallel size under sequence parallelism). Right padding needs no mask: attention, convolution and state-space
+    scan are causal, so no real position sees it. ``outcome_advantages``: one value per rollout, spread over its tokens.
     """
     batches = []
     for start in range(0, len(rollouts), micro_batch_size):
@@ -44,6 +47,31 @@ def empty(pad_token: int, length_multiple: int = 1) -> MicroBatch:
         domain_weight=torch.empty(0),
         behav_logprobs=torch.empty(0),
         teacher_logprobs=torch.empty(0),
+    )
+
+
+def same_shapes(micro_batches: Sequence[MicroBatch], pad_token: int, group: dist.ProcessGroup) -> list[MicroBatch]:
+    """Pad rows and columns until the i-th micro-batches of all ranks in ``group`` are equally large; a collective.
+
+    Experts behind mcore's allgather dispatcher need it: it gathers as many tokens from every rank as it has itself.
+    """
+    shapes = torch.tensor([mb.tokens.shape for mb in micro_batches])
+    dist.all_reduce(shapes, op=dist.ReduceOp.MAX, group=group)
+    return [_padded(mb, b, s, pad_token) for mb, (b, s) in zip(micro_batches, shapes.tolist(), strict=True)]
+
+
+def _padded(micro_batch: MicroBatch, b: int, s: int, pad_token: int) -> MicroBatch:
+    width, length = micro_batch.tokens.shape
+    if (width, length) == (b, s):
+        return micro_batch
+    more = b - width
+    return dataclasses.replace(
+        micro_batch,
+        tokens=F.pad(micro_batch.tokens, (0, s - length, 0, more), value=pad_token),
+        lengths=F.pad(micro_batch.lengths, (0, more)),
+        rows=micro_batch.rows // width * b + micro_batch.rows % width,
+        cu_seqlens=torch.cat([micro_batch.cu_seqlens, micro_batch.cu_seqlens[-1:].expand(more)]),
+        domains=micro_batch.domains + ("",) * more,
     )
 
 
@@ -87,5 +115,7 @@ def _flat(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     if not present:
         return None
     if len(present) != len(parts):
-        raise ValueError(f"{len(parts) - len(present)} of {len(parts)} rollouts lack log-probabilities that the others have")
+        raise ValueError(
+            f"{len(parts) - len(present)} of {len(parts)} rollouts lack log-probabilities that the others have"
+        )
     return torch.cat(present).float()

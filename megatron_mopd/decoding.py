@@ -1,10 +1,11 @@
 """Cached forward over mcore's own modules: ragged prompts in, then one token a step for the whole batch.
 
-mcore 0.19 has no such path that runs without CUDA. Linears, norms, experts and residual adds are the model's own modules;
-only the two mixers that look back in time are walked here: attention keeps keys and values, Mamba the last inputs of its
-convolution and its state, each taken at a row's own length.
+mcore 0.19 has no such path that runs without CUDA. Linears, norms, experts and residual adds are the model's own
+modules; only the two mixers that look back in time are walked here: attention keeps keys and values, Mamba the last
+inputs of its convolution and its state, each taken at a row's own length.
 
-Axis letters: ``b`` rows, ``s`` padded prompt tokens, ``H`` hidden size, ``h`` heads, ``q`` query groups, ``d`` attention head width.
+Axis letters: ``b`` rows, ``s`` padded prompt tokens, ``H`` hidden size, ``q`` query groups and ``d`` head width of
+attention; ``h``, ``p``, ``g``, ``n`` of Mamba as in ssd.py, ``k`` channels of its convolution.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class _Layer(Protocol):
 class Decoder:
     """The trunk of a model with the memory of one batch; every tensor parallel rank calls it with the same tokens.
 
-    The model must be in eval mode with sequence parallelism off. Raises :class:`ConfigurationError` for position embeddings
-    and layers that the cached forward does not know.
+    The model must be in eval mode with sequence parallelism off. Raises :class:`ConfigurationError` for position
+    embeddings and layers that the cached forward does not know.
     """
 
     def __init__(self, model: HybridModel) -> None:
@@ -87,7 +88,8 @@ def _cached(layer: Any) -> _Layer:
         return _MambaMemory(layer)
     if not isinstance(layer, TransformerLayer):
         raise ConfigurationError(
-            f"model.pattern: cached decoding knows Mamba, attention, dense and expert layers, not {type(layer).__name__}"
+            "model.pattern: cached decoding knows Mamba (M), attention (*), dense (-) and expert (E) layers, not"
+            f" {type(layer).__name__}"
         )
     return _Tokenwise(layer) if isinstance(layer.self_attention, IdentityOp) else _AttentionMemory(layer)
 
@@ -114,7 +116,7 @@ class _AttentionMemory:
     Columns need not be positions: the model has no positional embedding.
     """
 
-    def __init__(self, layer: TransformerLayer) -> None:
+    def __init__(self, layer: Any) -> None:  # a TransformerLayer, whose submodules mcore types loosely
         self.layer, self.attention = layer, layer.self_attention
         self.scale = layer.config.softmax_scale or self.attention.hidden_size_per_attention_head**-0.5
         self.keys: Tensor  # [b, q, capacity, d]
@@ -166,7 +168,7 @@ class _AttentionMemory:
 class _MambaMemory:
     """The last inputs of the convolution and the state of the scan, the latter in fp32."""
 
-    def __init__(self, layer: MambaLayer) -> None:
+    def __init__(self, layer: Any) -> None:  # a MambaLayer
         mixer = layer.mixer
         self.layer, self.mixer = layer, mixer
         self.groups, self.heads, self.width = mixer.ngroups_local_tp, mixer.nheads_local_tp, mixer.headdim

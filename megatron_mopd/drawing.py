@@ -43,8 +43,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 class Head:
     """The output layer as a distribution; columns from ``valid_vocab`` on are padding and never drawn.
 
-    ``weight [V/tp, H]`` is this rank's share of ``group``, whose ranks call :meth:`draw` with the same arguments and get the
-    same tokens: every rank knows from the same gathered masses whose share a token lies in, and that rank alone names it.
+    ``weight [V/tp, H]`` is this rank's share. The ranks of ``group`` call :meth:`draw` with the same arguments and get
+    the same tokens: all know from the same gathered masses whose share a token lies in; that rank alone names it.
     """
 
     def __init__(self, weight: Tensor, group: dist.ProcessGroup, valid_vocab: int) -> None:
@@ -56,10 +56,10 @@ class Head:
         self.padding = columns >= valid_vocab if self.start + len(weight) > valid_vocab else None
 
     def draw(self, hidden: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Next tokens, int64 ``[b]``, and their log-probabilities, fp32 ``[b]``, from ``hidden [b, H]`` and ``noise [b]``.
+        """From ``hidden [b, H]`` and ``noise [b]``: next tokens, int64 ``[b]``, and their fp32 log-probabilities.
 
-        Log-softmax of logits / temperature over the valid vocabulary. Temperature 0 takes the most likely token (of equals one)
-        and gives its log-probability at temperature 1.
+        Log-softmax of logits / temperature over the valid vocabulary. Temperature 0 takes the most likely token (one of
+        several equals) and gives its log-probability at temperature 1.
         """
         logits = self._logits(hidden, temperature or 1.0)
         peak, best = logits.max(dim=-1)
@@ -85,7 +85,7 @@ class Head:
         return drawn[0].long(), drawn[1].float()
 
     def _logits(self, hidden: Tensor, temperature: float) -> Tensor:
-        """This rank's logits / temperature, fp32 ``[b, V/tp]``; padding columns at the lowest number, so they weigh nothing."""
+        """This rank's logits / temperature, fp32 ``[b, V/tp]``; padding gets the lowest number, a mass of 0."""
         if hidden.is_cuda and hidden.dtype != torch.float32:
             logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
         else:

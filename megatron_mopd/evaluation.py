@@ -43,7 +43,12 @@ def sample(
 
 
 def accuracy(
-    sampler: Sampler, prompts: Sequence[Prompt], tokenizer: ChatTokenizer, groups: Groups, max_new_tokens: int, batch_size: int
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    tokenizer: ChatTokenizer,
+    groups: Groups,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> dict[str, Accuracy]:
     """Greedy accuracy per domain, judged by each prompt's verifier (a score of 1 counts). Equal on all ranks."""
     greedy = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop_tokens=tuple(tokenizer.stop_tokens))

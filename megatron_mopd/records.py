@@ -1,7 +1,7 @@
 """The records that pass between the stages of one step; frozen, so that no stage changes its input.
 
-Axis letters used in comments: ``b`` rows of a micro-batch, ``s`` padded sequence length, ``n`` tokens of one completion,
-``T`` completion tokens of a micro-batch (flat, row after row), ``H`` hidden size, ``V`` vocabulary.
+Axis letters used in comments: ``b`` rows of a micro-batch, ``s`` padded sequence length, ``n`` tokens of one
+completion, ``T`` completion tokens of a micro-batch (flat, row after row), ``H`` hidden size, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ class StudentOutput:
 class ObjectiveOutput:
     """A local share of the loss and what to log per token.
 
-    Summing ``loss`` over micro-batches and data-parallel ranks gives the global loss; its gradient needs no further scaling.
+    Summing ``loss`` over micro-batches and data-parallel ranks gives the global loss; its gradient needs no further
+    scaling.
     """
 
     loss: Tensor  # scalar fp32

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from megatron_mopd.drawing import Head, row_keys, uniforms
 from megatron_mopd.parallel import Groups
 from megatron_mopd.records import Prompt, Rollout, Sampling
 
-COMPACT_BELOW = 0.75  # finished rows are dropped once fewer than this share of the rows go on; dropping copies the caches
+COMPACT_BELOW = 0.75  # finished rows are dropped once fewer than this share go on, since dropping copies the caches
 
 Request = tuple[Prompt, int]  # a prompt and the number of the sample wanted
 
@@ -30,8 +31,8 @@ class Sampler:
     def __init__(
         self, model: nn.Module, groups: Groups, max_sequence_length: int, valid_vocab: int | None = None
     ) -> None:
-        """``max_sequence_length`` bounds prompt and completion together; ``valid_vocab`` is the vocabulary without padding."""
-        self.model: HybridModel = unwrap_model(model)
+        """``max_sequence_length`` bounds prompt plus completion; ``valid_vocab`` is the vocabulary without padding."""
+        self.model = cast(HybridModel, unwrap_model(model))
         self.groups = groups
         self.max_sequence_length = max_sequence_length
         self.valid_vocab = valid_vocab or self.model.vocab_size
@@ -42,9 +43,10 @@ class Sampler:
     ) -> list[Rollout]:
         """One rollout per request of this data-parallel rank, in the order of the requests; tensors on the host.
 
-        The noise of a token is a function of (seed, step, prompt id, sample, position) only. All ranks call this together:
-        those that share experts run the same number of forwards, with rows of padding where they have fewer requests.
-        Tensor parallel ranks pass the same requests. ``batch_size`` sequences are decoded together.
+        The noise of a token is a function of (seed, step, prompt id, sample, position) only. All ranks call this
+        together: those that share experts run the same number of forwards, with rows of padding where they have fewer
+        requests. Tensor parallel ranks pass the same requests; ``batch_size`` sequences are decoded together.
+
         Raises :class:`ConfigurationError` for a prompt that leaves no room in the context and for top-p below 1, and
         FloatingPointError when the model's logits are not finite.
         """
@@ -54,7 +56,9 @@ class Sampler:
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         rollouts: dict[int, Rollout] = {}
         with _sampling_mode(self.model):
-            head = Head(self.model.output_layer.weight, self.groups.tp, self.valid_vocab)
+            weight = self.model.output_layer.weight
+            assert weight is not None
+            head = Head(weight, self.groups.tp, self.valid_vocab)
             decoder = Decoder(self.model)
             (count,) = self.peers.most(len(batches))
             for chosen in batches + [[]] * (count - len(batches)):
@@ -122,7 +126,7 @@ class _Batch:
     def of(
         cls, requests: Sequence[Request], sampling: Sampling, context: int, seed: int, step: int, sampler: Sampler
     ) -> _Batch:
-        """Pad to the shape that the peers agree on: dispatchers may gather equal shapes, and counts of forwards must match."""
+        """Pad to the shape that the peers agree on: mcore's allgather dispatcher gathers equal shapes."""
         peers, device = sampler.peers, sampler.groups.device
         sizes = [len(prompt.tokens) for prompt, _ in requests]
         room = [min(sampling.max_new_tokens, context - size) for size in sizes]

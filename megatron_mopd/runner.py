@@ -1,7 +1,7 @@
 """Run a recipe of stages: ``torchrun --nproc_per_node=N -m megatron_mopd.runner RECIPE.yaml [key=value ...]``.
 
-A recipe names stages over one common configuration. A stage that is finished and unchanged (its settings, the checkpoints it
-starts from and its teachers) is kept; the report at the end reads what the stages left.
+A recipe names stages over one common configuration. A stage that is finished and unchanged (its settings, the
+checkpoints it starts from and its teachers) is kept; the report at the end reads what the stages left.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pydantic import Field, ValidationError
 
 from megatron_mopd import checkpoint, display, parallel, presets, recipe_report
 from megatron_mopd.config import Config, ConfigurationError, Section, build_config
-
 from megatron_mopd.parallel import Groups
 from megatron_mopd.settings import explain, merge, overlay, read_yaml
 from megatron_mopd.train import run_stage
@@ -42,19 +41,23 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """Read a recipe; overrides apply to the common settings, or to one stage as ``STAGE:key=value``."""
+    """Read a recipe; overrides apply to the common settings, to one stage as ``STAGE:key=value``, or ``dir=PATH``."""
     try:
         recipe = Recipe.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ConfigurationError("\n".join(explain(e, str(path), Recipe) for e in error.errors())) from None
     names = [stage.name for stage in recipe.stages]
     for override in overrides:
+        if override.startswith("dir="):
+            recipe = recipe.model_copy(update={"dir": Path(override.removeprefix("dir="))})
+            continue
         stage, colon, rest = override.partition(":")
         if not (colon and stage in names):
             recipe = recipe.model_copy(update={"common": merge(recipe.common, [override])})
             continue
         stages = [
-            s.model_copy(update={"settings": merge(s.settings, [rest])}) if s.name == stage else s for s in recipe.stages
+            s.model_copy(update={"settings": merge(s.settings, [rest])}) if s.name == stage else s
+            for s in recipe.stages
         ]
         recipe = recipe.model_copy(update={"stages": stages})
     _check_order(recipe, path)
@@ -105,7 +108,9 @@ def _fingerprint(config: Config, recipe: Recipe, stage: Stage) -> str:
     tree["model"].pop("initial")
     tree["batching"].pop("micro_batch_size")
     inputs = [stage.initial] if stage.initial else []
-    ids = {n: checkpoint.read_manifest(recipe.dir / n / "checkpoints")["checkpoint_id"] for n in [*inputs, *stage.teachers]}
+    ids = {
+        n: checkpoint.read_manifest(recipe.dir / n / "checkpoints")["checkpoint_id"] for n in [*inputs, *stage.teachers]
+    }
     text = json.dumps([tree, stage.initial, stage.teachers, ids], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -124,7 +129,7 @@ def _check_order(recipe: Recipe, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m megatron_mopd.runner", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m megatron_mopd.runner", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value")
     arguments = parser.parse_args()

@@ -20,7 +20,7 @@ from megatron_mopd.tokenizer import ChatTokenizer
 class DatasetSource:
     """Prompts with their given completions, for supervised stages."""
 
-    def __init__(self, config: Config, groups: Groups, tokenizer: ChatTokenizer):
+    def __init__(self, config: Config, groups: Groups, tokenizer: ChatTokenizer) -> None:
         assert config.batching.sequences_per_step is not None  # config.Config sees to it
         self.items = load_examples(config.data.train, tokenizer, config.model.max_sequence_length)
         self.stream = PromptStream(self.items, config.data.weights, config.data.shuffle_seed)
@@ -40,7 +40,7 @@ class DatasetSource:
 class RolloutSource:
     """The student's own completions of the training prompts, with their provenance."""
 
-    def __init__(self, config: Config, groups: Groups, tokenizer: ChatTokenizer, sampler: Sampler):
+    def __init__(self, config: Config, groups: Groups, tokenizer: ChatTokenizer, sampler: Sampler) -> None:
         self.items = load_prompts(config.data.train, tokenizer, config.model.max_sequence_length)
         self.stream = PromptStream(self.items, config.data.weights, config.data.shuffle_seed)
         self.config, self.groups, self.tokenizer, self.sampler = config, groups, tokenizer, sampler
@@ -59,7 +59,8 @@ class RolloutSource:
         requests = [(prompt, k) for prompt in prompts for k in range(settings.samples_per_prompt)]
         rollouts = self.sampler.generate(requests, self.sampling, seed, self.draws, settings.batch_size)
         signed = [
-            provenance.sign(r, policy, self.tokenizer, self.sampling, seed, self.draws, self._reward(r)) for r in rollouts
+            provenance.sign(r, policy, self.tokenizer, self.sampling, seed, self.draws, self._reward(r))
+            for r in rollouts
         ]
         self.draws += 1
         return signed

@@ -170,7 +170,7 @@ def forward(model: nn.Module, tokens: Tensor, mtp: bool = False) -> StudentOutpu
     # teacher equal to the student would score a last bit apart.
     embedded = embedded.flatten(0, 1).unflatten(0, embedded.shape[:2])
     hidden = hybrid.decoder(hidden_states=embedded, attention_mask=None)
-    weight = hybrid.output_layer.weight
+    weight = _output_weight(hybrid.output_layer)
     if not mtp:
         return StudentOutput(hidden=hidden, output_weight=weight)
     stacked = hybrid.mtp(
@@ -179,6 +179,13 @@ def forward(model: nn.Module, tokens: Tensor, mtp: bool = False) -> StudentOutpu
     return StudentOutput(
         hidden=hidden, output_weight=weight, mtp_hidden=stacked.chunk(1 + hybrid.config.mtp_num_layers)[1:]
     )
+
+
+def _output_weight(layer: nn.Module) -> Tensor:
+    """The output layer's weight, whose forward is never called."""
+    for hook in layer._forward_pre_hooks.values():  # by these, mcore's DDP waits for parameters still being gathered
+        hook(layer, ())
+    return layer.get_parameter("weight")
 
 
 def gather_hidden(hidden: Tensor, groups: Groups, config: TransformerConfig) -> Tensor:

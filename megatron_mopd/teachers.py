@@ -51,6 +51,7 @@ class TeacherPool:
         self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
         self.temperature = config.rollout.temperature
         self._micro_batch_size = config.batching.micro_batch_size
+        self._same_shapes = groups.ep_size > 1 and config.parallel.dispatcher == "allgather"
         self._teacher_of = {domain: name for name, teacher in config.teachers.items() for domain in teacher.domains}
         self._models = {name: teacher.model or config.model for name, teacher in config.teachers.items()}
         manifests = {
@@ -156,7 +157,10 @@ class TeacherPool:
         for name, count in zip(self.names, counts.tolist(), strict=True):
             if count:
                 missing = count - len(packed[name])
-                yield name, self._swap_in(name), [*packed[name], *[batches_of.empty(self.pad_token, width)] * missing]
+                even = [*packed[name], *[batches_of.empty(self.pad_token, width)] * missing]
+                if self._same_shapes:
+                    even = batches_of.same_shapes(even, self.pad_token, self.groups.ep)
+                yield name, self._swap_in(name), even
 
     def _logprobs(self, model: Any, micro_batch: MicroBatch) -> Tensor:
         hidden, weight = self._hidden(model, micro_batch)

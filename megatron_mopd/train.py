@@ -23,8 +23,8 @@ from megatron_mopd.update import Objective
 def run_stage(config: Config, groups: Groups, objective: Objective | None = None, title: str | None = None) -> None:
     """Train to the last step (from a checkpoint where there is one) and leave what reports read in the run's directory.
 
-    ``before.json`` and ``result.json`` hold :meth:`Trainer.measure` before the first and after the last step, the second
-    also the evaluations on the way and the wall time.
+    ``before.json`` and ``result.json`` hold :meth:`Trainer.measure` before the first and after the last step, the
+    second also the evaluations on the way and the wall time.
     """
     start = time.perf_counter()
     trainer = Trainer(config, groups, objective)
@@ -56,9 +56,11 @@ def _leave(path: Path, tree: Mapping[str, Any], groups: Groups) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m megatron_mopd.train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m megatron_mopd.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", type=Path, help="YAML configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as optimizer.lr=1e-4")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, such as optimizer.lr=1e-4"
+    )
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)

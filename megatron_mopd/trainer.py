@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Builds a stage from its configuration and runs it; every rank makes one and calls it alike.
 
-    ``objective`` replaces the configured one (a function of log-probabilities, micro-batch and counts); the default follows
-    ``config.objective``.
+    ``objective`` replaces the configured one (a function of log-probabilities, micro-batch and counts); the default
+    follows ``config.objective``.
     """
 
-    def __init__(self, config: Config, groups: Groups, objective: Objective | None = None):
+    def __init__(self, config: Config, groups: Groups, objective: Objective | None = None) -> None:
         self.config, self.groups = config, groups
         self.tokenizer = build_tokenizer(config.tokenizer)
         self.vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
@@ -107,7 +107,9 @@ class Trainer:
             # Every parts-th prompt of the global batch: rank r holds global prompts r, r + dp_size, ...
             samples = self.config.rollout.samples_per_prompt if self.config.source.type == "rollout" else 1
             chosen = [
-                i for i in range(len(rollouts)) if (i // samples * self.groups.dp_size + self.groups.dp_rank) % parts == part
+                i
+                for i in range(len(rollouts))
+                if (i // samples * self.groups.dp_size + self.groups.dp_rank) % parts == part
             ]
             packed.append(
                 batch.pack(
@@ -239,5 +241,10 @@ class Trainer:
             "template_sha": self.tokenizer.template_sha,
             "vocab_size": self.vocab_size,
             "model": self.config.model.model_dump(mode="json", exclude={"initial"}),
-            "teachers": None if self.teachers is None else self.teachers.ids,
+            "teachers": {
+                name: {"checkpoint_id": self.teachers.ids[name], "domains": sorted(teacher.domains)}
+                for name, teacher in self.config.teachers.items()
+            }
+            if self.teachers is not None
+            else None,
         }

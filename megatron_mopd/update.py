@@ -13,7 +13,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
-from mopd_kernels import linear_logprob
 from torch import Tensor
 
 from megatron_mopd import batch as batches_of
@@ -22,6 +21,7 @@ from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.objectives.mtp import mtp_cross_entropy
 from megatron_mopd.parallel import Groups
 from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
+from mopd_kernels import linear_logprob
 
 Objective = Callable[[Tensor, MicroBatch, Counts], ObjectiveOutput]
 
@@ -41,7 +41,7 @@ class StepOutput:
 class Learner:
     """Owns the training state of the student; one call of :meth:`step` is one optimizer step."""
 
-    def __init__(self, model: torch.nn.Module, config: Config, groups: Groups, vocab_size: int, pad_token: int):
+    def __init__(self, model: Any, config: Config, groups: Groups, vocab_size: int, pad_token: int) -> None:
         self.config, self.groups, self.vocab_size, self.pad_token = config, groups, vocab_size, pad_token
         self.train_mtp = config.mtp.train and student.has_mtp(model)
         if not self.train_mtp and student.has_mtp(model):
@@ -64,7 +64,7 @@ class Learner:
         return self._forward(micro_batch, mtp=False)[0]
 
     def with_prox(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """The same micro-batches with ``prox_logprobs``: log pi_prox of Eq. 2, the policy at the start of the updates."""
+        """The same micro-batches with ``prox_logprobs``: log pi_prox of Eq. 2, the policy before the updates."""
         with torch.no_grad():
             return [dataclasses.replace(mb, prox_logprobs=self.logprobs(mb)) for mb in self.even(micro_batches)]
 
@@ -73,11 +73,17 @@ class Learner:
         count = torch.tensor(len(micro_batches), device=self.groups.device)
         torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=self.groups.dp)
         missing = int(count) - len(micro_batches)
-        return [*micro_batches, *[batches_of.empty(self.pad_token, self.groups.tp_size)] * missing]
+        even = [*micro_batches, *[batches_of.empty(self.pad_token, self.groups.tp_size)] * missing]
+        if self.groups.ep_size > 1 and self.config.parallel.dispatcher == "allgather":
+            even = batches_of.same_shapes(even, self.pad_token, self.groups.ep)
+        return even
 
     def counts(self, micro_batches: Sequence[MicroBatch]) -> Counts:
         """Global completion tokens and sequences of one optimizer step, before any mask of the objective."""
-        local = [sum(len(mb.targets) for mb in micro_batches), sum(int((mb.cu_seqlens.diff() > 0).sum()) for mb in micro_batches)]
+        local = [
+            sum(len(mb.targets) for mb in micro_batches),
+            sum(int((mb.cu_seqlens.diff() > 0).sum()) for mb in micro_batches),
+        ]
         total = torch.tensor(local, dtype=torch.int64, device=self.groups.device)
         torch.distributed.all_reduce(total, group=self.groups.dp)
         return Counts(tokens=int(total[0]), sequences=int(total[1]))
@@ -218,12 +224,17 @@ def _schedule(optimizer: Any, config: Config) -> OptimizerParamScheduler:
 
 
 def _fields(kind: type, ours: Mapping[str, Any], given: Mapping[str, Any], where: str) -> Any:
-    """An mcore config from our values and the user's, refusing names that mcore does not know or that have a setting."""
+    """An mcore config from our values and the user's; refuses names mcore does not know and those with a setting."""
     known = {f.name for f in dataclasses.fields(kind)}
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigurationError(f"{where}.{name}: mcore's {kind.__name__} has no such field" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ConfigurationError(
+                f"{where}.{name}: mcore's {kind.__name__} has no such field"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         if name in ours and name != "check_for_nan_in_grad":
-            raise ConfigurationError(f"{where}.{name}: has a setting of its own under optimizer (or follows run.precision); set it there")
+            raise ConfigurationError(
+                f"{where}.{name}: has a setting of its own under optimizer (or follows run.precision); set it there"
+            )
     return kind(**{**ours, **given})

@@ -8,6 +8,7 @@ calls only process groups are rebuilt.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import importlib.util
 import os
@@ -29,7 +30,7 @@ import pytest
 
 POOL_SIZE = 4
 START_TIMEOUT = 300.0  # seconds until every rank has imported Megatron-Core
-CALL_TIMEOUT = 120.0  # seconds until every rank has answered one call
+CALL_TIMEOUT = 40.0  # seconds until every rank has answered one call
 GRACE = 2.0  # seconds the others get to fail too once one rank has failed
 
 Ranks = Callable[..., list[Any]]
@@ -197,12 +198,14 @@ def _serve(address: str, rank: int) -> None:
                 world_size=world,
                 timeout=timedelta(seconds=CALL_TIMEOUT),
             )
+            faulthandler.dump_traceback_later(0.9 * CALL_TIMEOUT)  # where a hanging rank hangs
             dist.barrier()  # nobody takes the group down while another still connects
             value = getattr(_load(where, loaded), name)(*args)
             dist.barrier()
             answer = (True, value)
         except BaseException:  # whatever it is, the test must see it
             answer = (False, traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
         connection.send_bytes(pickle.dumps(answer))
         parallel.destroy()
 

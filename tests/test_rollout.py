@@ -20,18 +20,21 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=12, stop_tokens=())
 
 LAYOUTS = [
     pytest.param(2, Parallel(tensor=2), id="tp2"),
+    pytest.param(2, Parallel(tensor=2, expert=2), id="tp2-ep2"),
     pytest.param(2, Parallel(expert=2), id="ep2-alltoall"),
     pytest.param(2, Parallel(expert=2, dispatcher="allgather"), id="ep2-allgather"),
     pytest.param(4, Parallel(tensor=2, expert=4), id="tp2-ep4"),
 ]
 
 
-def _prompts(count: int, shortest: int = 1, longest: int = 40) -> list[Prompt]:
+def _prompts(count: int) -> list[Prompt]:
     """Ragged prompts: shorter and longer than the convolution's window and one chunk of the scan."""
     random = torch.Generator().manual_seed(7)
-    sizes = torch.randint(shortest, longest + 1, (count,), generator=random).tolist()
+    sizes = torch.randint(1, 41, (count,), generator=random).tolist()
     return [
-        Prompt(id=f"p{i}", domain="d", messages=(), tokens=tuple(torch.randint(0, VOCAB, (n,), generator=random).tolist()))
+        Prompt(
+            id=f"p{i}", domain="d", messages=(), tokens=tuple(torch.randint(0, VOCAB, (n,), generator=random).tolist())
+        )
         for i, n in enumerate(sizes)
     ]
 
@@ -49,9 +52,8 @@ def _training_logprobs(model: Any, groups: Any, rollouts: list[Rollout], count: 
 
     The batch has ``count`` rows on every rank: mcore's allgather dispatcher gathers equal shapes.
     """
-    from mopd_kernels import linear_logprob
-
     from megatron_mopd import student
+    from mopd_kernels import linear_logprob
 
     width = MODEL.max_sequence_length
     tokens = torch.zeros(count, width, dtype=torch.int64)
@@ -233,10 +235,22 @@ def test_prompt_that_leaves_no_room_is_refused(groups: Any, size: int) -> None:
         _sampler(groups).generate([(prompt, 0)], SAMPLED, 0, 0, 8)
 
 
+def test_models_that_cached_decoding_does_not_know_are_refused(groups: Any) -> None:
+    sampler = _sampler(groups)
+    request = (_prompts(1)[0], 0)
+    sampler.model.position_embedding_type = "rope"
+    with pytest.raises(ConfigurationError, match="position_embedding_type = 'rope'"):
+        sampler.generate([request], SAMPLED, 0, 0, 8)
+    sampler.model.position_embedding_type = "none"
+    sampler.model.decoder.layers[1] = torch.nn.Identity()
+    with pytest.raises(ConfigurationError, match="not Identity"):
+        sampler.generate([request], SAMPLED, 0, 0, 8)
+
+
 def test_noise_is_uniform_and_independent() -> None:
     from megatron_mopd.drawing import row_keys, uniforms
 
-    prompts = _prompts(1, 1, 1) * 0 + [Prompt(id=f"{i:064x}", domain="d", messages=(), tokens=(1,)) for i in range(200)]
+    prompts = [Prompt(id=f"{i:064x}", domain="d", messages=(), tokens=(1,)) for i in range(200)]
     keys = row_keys(1, 2, [(p, s) for p in prompts for s in range(5)], torch.device("cpu"))
     assert len(keys.unique()) == 1000
     noise = torch.stack([uniforms(keys, position) for position in range(100)])  # [position, row]
@@ -281,9 +295,7 @@ def test_draws_follow_the_softmax_over_the_valid_vocabulary(ranks: Any, world: i
         frequencies = torch.bincount(result["tokens"], minlength=7) / 20000
         assert len(frequencies) == 7
         torch.testing.assert_close(frequencies.double(), result["expected"].exp(), rtol=0, atol=1e-4)
-        torch.testing.assert_close(
-            result["logprobs"].double(), result["expected"][result["tokens"]], rtol=0, atol=1e-6
-        )
+        torch.testing.assert_close(result["logprobs"].double(), result["expected"][result["tokens"]], rtol=0, atol=1e-6)
     for result in ranks(world, draw_many, parallel, 0.0):
         assert set(result["tokens"].tolist()) == {6}
         torch.testing.assert_close(result["logprobs"][0].double(), result["expected"][6], rtol=0, atol=1e-6)

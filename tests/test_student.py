@@ -270,6 +270,16 @@ def test_gathered_hidden_states_sum_partial_gradients(ranks: Any, sequence_paral
         torch.testing.assert_close(other_gradient, gradient)
 
 
+def test_output_weight_waits_for_parameters_that_are_gathered(groups: Any) -> None:
+    from megatron_mopd import student
+
+    plain = student.build_model(Model(), ONE, groups, VOCAB)
+    waited: list[str] = []
+    plain.output_layer.register_forward_pre_hook(lambda _module, *_: waited.append("output_layer"))
+    assert student.forward(plain, tokens()).output_weight is plain.output_layer.weight
+    assert waited == ["output_layer"]
+
+
 def odd_length(parallel: Parallel) -> torch.Tensor:
     from megatron_mopd import student
 

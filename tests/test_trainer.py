@@ -57,9 +57,9 @@ SFT = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}}
 
 
 def teach(root: Path, groups: Groups) -> dict[str, Any]:
-    """Two teachers and a student start, trained for a step each from different seeds; the tree of a MOPD stage on them."""
-    for seed, name in enumerate(("base", "first", "second")):
-        run_stage(build_config(tree(root / name, **SFT, run={"dir": str(root / name), "steps": 1, "seed": seed})), groups)
+    """A student's start and two teachers, trained for different numbers of steps; the tree of a MOPD stage on them."""
+    for steps, name in ((1, "base"), (3, "first"), (5, "second")):
+        run_stage(build_config(tree(root / name, **SFT, run={"dir": str(root / name), "steps": steps})), groups)
     return {
         "model": {"pattern": "M*E/*E", "max_sequence_length": 32, "initial": str(root / "base" / "checkpoints")},
         "teachers": {
@@ -89,9 +89,20 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def run_and_resume(root: Path, mopd: dict[str, Any], name: str, layout: dict[str, Any]) -> tuple[bool, bool, list[Any]]:
     """An uninterrupted run of 4 steps beside one that dies in step 4 and starts again from the checkpoint of step 2."""
-    settings = {"checkpoint": {"every": 2}, "parallel": layout, "rollout": {"lag": 1}, "objective": {"type": "mopd", "minibatches": 2}}
+    settings = {
+        "checkpoint": {"every": 2},
+        "parallel": layout,
+        "rollout": {"lag": 1},
+        "objective": {"type": "mopd", "minibatches": 2},
+    }
     configs = [
-        build_config(tree(root / f"{name}{i}", **overlay(mopd, settings), run={"dir": str(root / f"{name}{i}"), "steps": 4, "id": name}))
+        build_config(
+            tree(
+                root / f"{name}{i}",
+                **overlay(mopd, settings),
+                run={"dir": str(root / f"{name}{i}"), "steps": 4, "id": name},
+            )
+        )
         for i in range(2)
     ]
     whole = Trainer(configs[0], parallel.initialize(configs[0].parallel, 7))
@@ -130,7 +141,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
 
 def go_on_elsewhere(root: Path, mopd: dict[str, Any], layout: dict[str, Any], steps: int) -> tuple[int, float, str]:
     config = build_config(
-        tree(root, **overlay(mopd, {"parallel": layout, "rollout": {"lag": 1}}), run={"dir": str(root / "moving"), "steps": steps})
+        tree(
+            root,
+            **overlay(mopd, {"parallel": layout, "rollout": {"lag": 1}}),
+            run={"dir": str(root / "moving"), "steps": steps},
+        )
     )
     trainer = Trainer(config, parallel.initialize(config.parallel, 7))
     trainer.resume()
@@ -161,7 +176,13 @@ def scored(count: int) -> list[ScoredRollout]:
         domain = ("plain", "loud")[i % 2]
         sampling = Sampling(temperature=1.0, max_new_tokens=7, stop_tokens=(1,))
         record = Provenance(
-            policy=Policy(run_id="r", step=0), teacher_id="t", tokenizer_sha="", template_sha="", sampling=sampling, domain=domain, seed=0
+            policy=Policy(run_id="r", step=0),
+            teacher_id="t",
+            tokenizer_sha="",
+            template_sha="",
+            sampling=sampling,
+            domain=domain,
+            seed=0,
         )
         rollout = Rollout(
             prompt=Prompt(id=str(i), domain=domain, messages=(), tokens=prompt),
@@ -179,7 +200,12 @@ def one_update(root: Path, mopd: dict[str, Any], layout: dict[str, Any], micro_b
     """One plain gradient step of size 1 on the global batch; the weights that come out are left in a checkpoint."""
     settings = {
         "parallel": layout,
-        "optimizer": {"lr": 1.0, "clip_grad": 1e9, "distributed": False, "options": {"optimizer": "sgd", "sgd_momentum": 0.0}},
+        "optimizer": {
+            "lr": 1.0,
+            "clip_grad": 1e9,
+            "distributed": False,
+            "options": {"optimizer": "sgd", "sgd_momentum": 0.0},
+        },
         "objective": {"type": "mopd", "domain_weights": {"loud": 0.5}, "importance_low": 0.05, "importance_high": 20.0},
     }
     config = build_config(tree(root, **overlay(mopd, settings)))
@@ -187,7 +213,9 @@ def one_update(root: Path, mopd: dict[str, Any], layout: dict[str, Any], micro_b
     model = student.build_model(config.model, config.parallel, groups, VOCAB, mtp=True)
     learner = Learner(model, config, groups, VOCAB, pad_token=0)
     share = scored(13)[groups.dp_rank :: groups.dp_size]
-    packed = batch.pack(share, micro_batch_size, 0, domain_weights=config.objective.domain_weights, length_multiple=groups.tp_size)
+    packed = batch.pack(
+        share, micro_batch_size, 0, domain_weights=config.objective.domain_weights, length_multiple=groups.tp_size
+    )
     d_logprobs: list[torch.Tensor] = []
 
     def objective(logprobs: torch.Tensor, micro_batch: MicroBatch, counts: Counts) -> Any:
@@ -269,7 +297,15 @@ def test_a_stage_leaves_metrics_results_and_a_checkpoint(school: Any, groups: An
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"teachers": {"first": {"domains": ["plain", "loud"]}, "second": {"checkpoint": "nowhere", "domains": ["x"]}}}, "nowhere"),
+        (
+            {
+                "teachers": {
+                    "first": {"domains": ["plain", "loud"]},
+                    "second": {"checkpoint": "nowhere", "domains": ["x"]},
+                }
+            },
+            "nowhere",
+        ),
         ({"data": {"train": [task("third", "train", 4, "? {word}")]}}, "third"),
         ({"model": {"max_sequence_length": 4}}, "model.max_sequence_length"),
         ({"model": {"initial": "nowhere"}}, "nowhere"),
@@ -291,10 +327,16 @@ def test_resuming_under_another_teacher_is_refused(school: Any, groups: Any, tmp
     config = build_config(tree(tmp_path / "run", **mopd))
     Trainer(config, groups).save()
     swapped: Config = build_config(
-        tree(tmp_path / "run", **overlay(mopd, {"teachers": {"first": {"domains": ["loud"]}, "second": {"domains": ["plain"]}}}))
+        tree(
+            tmp_path / "run",
+            **overlay(mopd, {"teachers": {"first": {"domains": ["loud"]}, "second": {"domains": ["plain"]}}}),
+        )
     )
     renamed = overlay(mopd, {})
-    renamed["teachers"] = {"first": mopd["teachers"]["second"] | {"domains": ["plain"]}, "second": mopd["teachers"]["first"] | {"domains": ["loud"]}}
+    renamed["teachers"] = {
+        "first": mopd["teachers"]["second"] | {"domains": ["plain"]},
+        "second": mopd["teachers"]["first"] | {"domains": ["loud"]},
+    }
     assert Trainer(config, groups).resume()
     for other in (swapped, build_config(tree(tmp_path / "run", **renamed))):
         with pytest.raises(ProvenanceError, match="teachers"):
