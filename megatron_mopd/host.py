@@ -233,8 +233,8 @@ REMEDIES: tuple[Remedy, ...] = (
     Remedy(
         "process groups",
         "megatron.core.parallel_state.create_group",
-        "mcore makes some sixty groups, many of the same ranks; each gloo group costs a polling thread and a set-up round,"
-        " so groups of equal ranks share one",
+        "mcore makes some sixty groups, many of the same ranks; each gloo group costs a polling thread and a set-up"
+        " round, so groups of equal ranks share one",
         _share_equal_groups,
     ),
     Remedy(

@@ -23,11 +23,12 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with two surprises less: 1e-4 is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(keys := [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]):
+        # Read before yaml unfolds "<<: *other", whose keys may well be given again.
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
             raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
-        return mapping
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

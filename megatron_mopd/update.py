@@ -185,6 +185,11 @@ def _wrap(model: Any, config: Config, groups: Groups) -> DistributedDataParallel
 
 def _optimizer(model: DistributedDataParallel, config: Config, groups: Groups) -> Any:
     settings, bf16 = config.optimizer, next(model.parameters()).dtype == torch.bfloat16
+    if bf16 and not settings.distributed:
+        raise ConfigurationError(
+            "optimizer.distributed = false with bf16 parameters: mcore cannot checkpoint this pair; set it to true, or"
+            " run.precision to fp32"
+        )
     fields = {
         "lr": settings.lr,
         "min_lr": settings.lr * settings.decay_to,

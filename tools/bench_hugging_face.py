@@ -41,7 +41,8 @@ class HuggingFaceStep:
         self.micro_batch = config.batching.micro_batch_size
         tokenizer = build_tokenizer(config.tokenizer)
         self.pad = tokenizer.pad_token
-        self.stream = PromptStream(load_prompts(config.data.train, tokenizer, config.model.max_sequence_length), {}, 0)
+        prompts = load_prompts(config.data.train, tokenizer, config.model.max_sequence_length)
+        self.stream = PromptStream(prompts, config.data.weights, config.data.shuffle_seed)
         dist.init_process_group("gloo")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         preset = presets.resolve(config.model)

@@ -1,11 +1,11 @@
 """One whole MOPD step, ours against the same step on Hugging Face NemotronH, as ratios: ``python tools/bench_step.py``.
 
 A step is rollout (cached sampling), scoring by one teacher of equal size, and update (MOPD loss, AdamW); MTP off.
-Both sides have the dimensions of the ``tiny`` preset, the same prompts, completions of one fixed length, the same
-micro-batches and the same number of threads in total. They live in processes of their own and take turns, so that
-what else the machine does meets all alike; medians are compared. Ours runs one process a thread (data parallel over
-gloo). Hugging Face runs both ways, one process with all threads and DistributedDataParallel with one thread a
-process; the faster one counts.
+Model, prompts, batch sizes and completion length are those of the demo's recipe, read from it, with stop tokens off
+so that all completions have one length. Both sides use the same number of threads in total. They live in processes of
+their own and take turns, so that what else the machine does meets all alike; medians are compared. Ours runs one
+process a thread (data parallel over gloo). Hugging Face runs both ways, one process with all threads and
+DistributedDataParallel with one thread a process; the faster one counts.
 
 The Hugging Face side must be a fair opponent: in the same run it has to reach 80% of the yardstick that
 ``bench_hugging_face.py`` describes, or no ratio is printed and the exit status is 1.
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from rich.table import Table
 
 from megatron_mopd import presets
 from megatron_mopd.config import Config, build_config
+from megatron_mopd.settings import merge, overlay, read_yaml
 
 YARDSTICK_FRACTION = 0.8
 PHASES = ("rollout", "score", "update")
@@ -61,40 +63,24 @@ class Side:
 
 
 def settings(arguments: argparse.Namespace, directory: Path, teacher: Path | None) -> Config:
-    """Our configuration, where Hugging Face reads its sizes too; without a teacher, that of the teacher itself."""
-    tree: dict[str, Any] = {
+    """The recipe's common settings, which Hugging Face reads too; without a teacher, those of the teacher itself."""
+    common = merge(read_yaml(arguments.recipe)["common"], arguments.overrides)
+    data = [source | {"size": 1000} for source in common["data"]["train"]]  # drawing tasks is no part of a step
+    preset = presets.PRESETS[common["model"]["preset"]]
+    ours = {
         "run": {"dir": str(directory), "steps": 10_000, "precision": "fp32", "seed": 1 if teacher is None else 2},
-        "model": {
-            "preset": "tiny",
-            "pattern": presets.PRESETS["tiny"].pattern.split("/")[0],
-            "max_sequence_length": 128,
-        },
-        "data": {
-            "train": [
-                {
-                    "type": "reasoning_gym",
-                    "domain": "spell",
-                    "family": "spell_backward",
-                    "options": {"min_word_len": 3, "max_word_len": 8},
-                    "size": 4 * arguments.prompts,
-                }
-            ]
-        },
-        "rollout": {
-            "prompts_per_step": arguments.prompts,
-            "max_new_tokens": arguments.new_tokens,
-            "batch_size": arguments.prompts,
-        },
-        "batching": {"micro_batch_size": arguments.micro_batch, "sequences_per_step": arguments.prompts},
-        "optimizer": {"lr": 1e-4},
+        "model": {"pattern": preset.pattern.split("/")[0]},
+        "evaluation": {"every": 0},
     }
-    if teacher is None:
-        return build_config(tree | {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}})
-    return build_config(tree | {"teachers": {"teacher": {"checkpoint": str(teacher), "domains": ["spell"]}}})
+    stage: dict[str, Any] = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}}
+    if teacher is not None:
+        domains = [source["domain"] for source in data]
+        stage = {"teachers": {"teacher": {"checkpoint": str(teacher), "domains": domains}}}
+    return build_config(overlay(common, ours | stage | {"data": {"train": data, "held_out": []}}))
 
 
 class OurStep:
-    """Our trainer's step, with stop tokens off so that all completions have one length."""
+    """Our trainer's step."""
 
     def __init__(self, arguments: argparse.Namespace, directory: Path):
         from megatron_mopd import checkpoint, parallel
@@ -135,6 +121,7 @@ def memory(field: str) -> int:
 def serve(side: Side, arguments: argparse.Namespace, directory: Path, pipe: Connection) -> None:
     """A process of one side: builds, then answers "step" until told to "stop"."""
     logging.disable(logging.WARNING)  # transformers' and mcore's notes on absent CUDA packages
+    warnings.simplefilter("ignore")
     torch.set_num_threads(side.threads)
     step: Any = OurStep(arguments, directory) if side.kind == "ours" else hugging_face_step(arguments, directory)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
@@ -142,11 +129,11 @@ def serve(side: Side, arguments: argparse.Namespace, directory: Path, pipe: Conn
     pipe.send({"parameters": step.parameters})
     while pipe.recv() == "step":
         dist.barrier()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         phases = step()
         dist.barrier()
         wall, peak = time.perf_counter() - start, memory("VmHWM")
-        pipe.send({"wall": wall, "peak": peak, "growth": peak - before, **phases})
+        pipe.send({"wall": wall, "peak": peak, "cpu": time.process_time() - cpu, "growth": peak - before, **phases})
     dist.destroy_process_group()
 
 
@@ -177,7 +164,7 @@ class Team:
             pipe.send("step")
         answers = self.receive()
         row = {name: max(a[name] for a in answers) for name in ("wall", *PHASES)}
-        return row | {name: sum(a[name] for a in answers) for name in ("peak", "growth")}
+        return row | {name: sum(a[name] for a in answers) for name in ("cpu", "peak", "growth")}
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
@@ -235,7 +222,8 @@ def compete(arguments: argparse.Namespace) -> dict[str, Any]:
                 row = team.step()
                 rows[team.side.name] += [row] if turn >= arguments.warmup else []
         yard.append(yardstick(n))
-    tokens = arguments.prompts * arguments.new_tokens
+    rollout = settings(arguments, Path(), None).rollout
+    tokens = rollout.prompts_per_step * rollout.max_new_tokens
     results = {name: {key: statistics.median(r[key] for r in kept) for key in kept[0]} for name, kept in rows.items()}
     for name, result in results.items():
         result["tokens_per_s"] = tokens / result["wall"]
@@ -263,11 +251,12 @@ def judge(result: dict[str, Any]) -> dict[str, float] | None:
 
 def show(result: dict[str, Any]) -> None:
     table = Table(title=f"One MOPD step, {result['parameters']:,} parameters, medians")
-    for column in ("", "tokens/s", *(f"{phase} s" for phase in PHASES), "peak MiB", "step MiB"):
+    for column in ("", "tokens/s", *(f"{phase} s" for phase in PHASES), "CPU s", "peak MiB", "step MiB"):
         table.add_column(column, justify="right" if column else "left")
     for name, side in result["sides"].items():
         memories = [f"{side[key] / 2**20:.0f}" for key in ("peak", "growth")]
-        table.add_row(name, f"{side['tokens_per_s']:.0f}", *(f"{side[phase]:.3f}" for phase in PHASES), *memories)
+        seconds = [f"{side[key]:.3f}" for key in (*PHASES, "cpu")]
+        table.add_row(name, f"{side['tokens_per_s']:.0f}", *seconds, *memories)
     rich.print(table)
     for name, y in result["yardstick"].items():
         rich.print(f"Hugging Face yardstick, {name}: {y['measured']:,.0f} tokens/s of {y['given']:,.0f}")
@@ -280,9 +269,8 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=128, help="prompts of a step, one completion each")
-    parser.add_argument("--new-tokens", type=int, default=32, help="length of every completion")
-    parser.add_argument("--micro-batch", type=int, default=32, help="sequences")
+    parser.add_argument("--recipe", type=Path, default=Path("examples/demo.yaml"), help="whose common settings to take")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as rollout.max_new_tokens=64")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side in total")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before measuring")
     parser.add_argument("--repetitions", type=int, default=7, help="measured rounds")
@@ -292,7 +280,8 @@ def main() -> int:
     result["ratio"] = judge(result)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result |= {
-        "settings": {k: v for k, v in vars(arguments).items() if k != "out"},
+        "settings": {name: str(value) for name, value in vars(arguments).items()},
+        "rollout": settings(arguments, Path(), None).rollout.model_dump(),
         "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")},
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version()},
         "commit": commit,

@@ -1,0 +1,160 @@
+"""Recipes of stages: order, overrides, what is kept, what is refused, and the report at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_mopd import parallel, recipe_report, runner
+from megatron_mopd.config import ConfigurationError, Parallel
+from megatron_mopd.parallel import Groups
+
+
+def source(domain: str, template: str, split: str = "train", size: int = 30) -> dict[str, Any]:
+    return {
+        "type": "reasoning_gym",
+        "domain": domain,
+        "family": "spell_backward",
+        "template": template,
+        "size": size,
+        "split": split,
+        "options": {"min_word_len": 3, "max_word_len": 4},
+    }
+
+
+def write_recipe(path: Path, **changes: Any) -> Path:
+    sft = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}, "run": {"steps": 2}}
+    tree = {
+        "dir": str(path.parent / "runs"),
+        "common": {
+            "model": {"pattern": "M*E", "max_sequence_length": 24},
+            "rollout": {"prompts_per_step": 8, "max_new_tokens": 5},
+            "batching": {"micro_batch_size": 8, "sequences_per_step": 8},
+            "optimizer": {"lr": 1e-3},
+            "evaluation": {"every": 1, "samples": 3, "final_samples": 4},
+            "data": {
+                "train": [source("plain", "{word}"), source("loud", "! {word}")],
+                "held_out": [source("plain", "{word}", "held_out", 4), source("loud", "! {word}", "held_out", 4)],
+            },
+        },
+        "stages": [
+            {"name": "base", "settings": sft},
+            {"name": "expert", "initial": "base", "settings": sft},
+            {
+                "name": "merge",
+                "initial": "base",
+                "teachers": {"expert": ["plain", "loud"]},
+                "settings": {"run": {"steps": 2}},
+            },
+        ],
+    } | changes
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run(path: Path, groups: Groups, *overrides: str) -> runner.Recipe:
+    recipe = runner.load_recipe(path, list(overrides))
+    runner.run(recipe, groups)
+    return recipe
+
+
+def stamps(directory: Path) -> dict[str, int]:
+    return {p.parent.name: p.stat().st_mtime_ns for p in directory.glob("*/result.json")}
+
+
+def test_a_recipe_runs_once_and_ends_in_a_report(groups: Groups, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml")
+    recipe = run(path, groups)
+    first = stamps(recipe.dir)
+    assert set(first) == {"base", "expert", "merge"}
+    last = runner.stage_config(recipe, recipe.stages[-1])
+    made = recipe_report.publish(recipe.dir, "merge", last, wall_s=1.0)
+    tree = json.loads((recipe.dir / "report.json").read_text())
+    expected = {"student_before", "student_after", "teacher", "recovery", "samples"}
+    assert set(tree["domains"]["plain"]) == expected | {"reverse_kl_before", "reverse_kl_after"}
+    assert tree["domains"]["plain"]["samples"] == 4 and tree["parallel"]["tensor"] == 1 and tree["wall_s"] == 1.0
+    assert {"accuracy.png", "reverse_kl.png", "advantages.png", "rollouts.png", "report.md"} <= {
+        p.name for p in recipe.dir.iterdir()
+    }
+    assert [step for step, _ in made.accuracy_history["plain"]] == [1, 2]
+    run(path, groups)  # everything is finished and unchanged
+    assert stamps(recipe.dir) == first
+    run(path, groups, "parallel.dispatcher=allgather")  # how it is computed does not count
+    assert stamps(recipe.dir) == first
+
+
+def test_a_changed_stage_is_refused_and_nothing_lost(groups: Groups, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml")
+    recipe = run(path, groups)
+    before = stamps(recipe.dir)
+    with pytest.raises(ConfigurationError, match="stage 'merge'.*other settings"):
+        run(path, groups, "merge:optimizer.lr=0.5")
+    assert stamps(recipe.dir) == before
+    elsewhere = run(path, groups, "merge:optimizer.lr=0.5", f"dir={tmp_path / 'other'}")
+    assert set(stamps(elsewhere.dir)) == {"base", "expert", "merge"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "named"),
+    [
+        ([{"name": "merge", "initial": "base"}], "needs 'base'"),
+        ([{"name": "a"}, {"name": "a"}], "two stages are named 'a'"),
+        ([{"name": "a", "inital": "b"}], "inital: unknown key; did you mean 'initial'"),
+        ([], "stages"),
+    ],
+    ids=["unknown start", "same name", "typo", "no stage"],
+)
+def test_bad_recipes_are_refused(tmp_path: Path, stages: list[Any], named: str) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml", stages=stages)
+    with pytest.raises(ConfigurationError, match=named):
+        runner.load_recipe(path, [])
+
+
+def test_a_bad_last_stage_is_found_before_the_first_is_trained(groups: Groups, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigurationError, match="stage 'merge'.*lrr"):
+        run(path, groups, "merge:optimizer.lrr=1")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_overrides_reach_all_stages_or_one(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml")
+    recipe = runner.load_recipe(path, ["optimizer.lr=0.25", "merge:optimizer.lr=0.5", "dir=elsewhere"])
+    rates = [runner.stage_config(recipe, stage).optimizer.lr for stage in recipe.stages]
+    assert rates == [0.25, 0.25, 0.5] and recipe.dir == Path("elsewhere")
+
+
+def own_loop(config: str) -> list[float]:
+    import importlib.util
+
+    path = Path(__file__).parents[1] / "examples" / "own_loop.py"
+    spec = importlib.util.spec_from_file_location("own_loop", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.train(module.load_config(config))
+
+
+def train_a_teacher(path: Path) -> None:
+    recipe = runner.load_recipe(path, [])
+    runner.run(
+        recipe.model_copy(update={"stages": recipe.stages[:2]}), parallel.initialize(Parallel(), 1)
+    )
+
+
+def test_a_loop_of_ones_own_gains_mopd(ranks: Any, tmp_path: Path) -> None:
+    """The example's student, random, is drawn to its teacher by the example's own loop on two ranks."""
+    path = write_recipe(tmp_path / "recipe.yaml")
+    ranks(1, train_a_teacher, path)
+    recipe = runner.load_recipe(path, [])
+    config = runner.stage_config(recipe, recipe.stages[-1]).model_dump(mode="json")
+    config["run"]["steps"], config["optimizer"]["lr"], config["rollout"]["prompts_per_step"] = 16, 3e-3, 32
+    config["model"]["initial"] = None
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    gaps = ranks(2, own_loop, str(tmp_path / "own.yaml"))
+    assert gaps[0] == gaps[1] and len(gaps[0]) == 16
+    assert gaps[0][0] < 0 and sum(gaps[0][-3:]) / 3 > 0.6 * gaps[0][0]  # the gap to the teacher has closed by 40%
