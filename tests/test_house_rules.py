@@ -192,11 +192,14 @@ import megatron.core.distributed, megatron.core.tensor_parallel.random, megatron
 watched = [m for n, m in sorted(sys.modules.items())
            if n in ("torch", "torch.cuda", "torch.distributed", "torch.nn.functional") or n.startswith("megatron.core")]
 watched += [torch.Tensor, torch.nn.Module]
+classes = {v for m in watched for v in vars(m).values() if isinstance(v, type)}
+watched += [c for c in classes if c.__module__.startswith("megatron.core")]
 before = [{k: v for k, v in vars(m).items() if callable(v)} for m in watched]
 import megatron_mopd, mopd_kernels
 names = [m.name for p in (megatron_mopd, mopd_kernels) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
 for name in names:
     importlib.import_module(name)
+assert len(watched) > 300
 changed = [f"{m.__name__}.{k}" for m, was in zip(watched, before) for k, v in was.items() if vars(m).get(k) is not v]
 print(json.dumps({"imported": names, "changed": changed}))
 """
@@ -258,7 +261,9 @@ def test_links_and_named_files_of_the_documents_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
     targets += re.findall(r"`((?:megatron_mopd|kernels|tools|examples|tests)/[\w./-]+)`", text)
+    bare = re.findall(r"`(\w+\.py)`", text)  # beside the file of a row of README's table: in the same folder
     assert not [t for t in targets if not (ROOT / t).exists()]
+    assert not [name for name in bare if not any((ROOT / d / name).exists() for d in ("", "megatron_mopd", "tools"))]
 
 
 def test_readme_shows_a_command_before_line_25() -> None:

@@ -91,7 +91,7 @@ def test_a_changed_stage_is_refused_and_nothing_lost(groups: Groups, tmp_path: P
     path = write_recipe(tmp_path / "recipe.yaml")
     recipe = run(path, groups)
     before = stamps(recipe.dir)
-    with pytest.raises(ConfigurationError, match="stage 'merge'.*other settings"):
+    with pytest.raises(ConfigurationError, match=r"stage 'merge'.*other settings"):
         run(path, groups, "merge:optimizer.lr=0.5")
     assert stamps(recipe.dir) == before
     elsewhere = run(path, groups, "merge:optimizer.lr=0.5", f"dir={tmp_path / 'other'}")
@@ -116,7 +116,7 @@ def test_bad_recipes_are_refused(tmp_path: Path, stages: list[Any], named: str) 
 
 def test_a_bad_last_stage_is_found_before_the_first_is_trained(groups: Groups, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "recipe.yaml")
-    with pytest.raises(ConfigurationError, match="stage 'merge'.*lrr"):
+    with pytest.raises(ConfigurationError, match=r"stage 'merge'.*lrr"):
         run(path, groups, "merge:optimizer.lrr=1")
     assert not (tmp_path / "runs").exists()
 
@@ -141,9 +141,7 @@ def own_loop(config: str) -> list[float]:
 
 def train_a_teacher(path: Path) -> None:
     recipe = runner.load_recipe(path, [])
-    runner.run(
-        recipe.model_copy(update={"stages": recipe.stages[:2]}), parallel.initialize(Parallel(), 1)
-    )
+    runner.run(recipe.model_copy(update={"stages": recipe.stages[:2]}), parallel.initialize(Parallel(), 1))
 
 
 def test_a_loop_of_ones_own_gains_mopd(ranks: Any, tmp_path: Path) -> None:
