@@ -150,9 +150,9 @@ def test_a_loop_of_ones_own_gains_mopd(ranks: Any, tmp_path: Path) -> None:
     ranks(1, train_a_teacher, path)
     recipe = runner.load_recipe(path, [])
     config = runner.stage_config(recipe, recipe.stages[-1]).model_dump(mode="json")
-    config["run"]["steps"], config["optimizer"]["lr"], config["rollout"]["prompts_per_step"] = 16, 3e-3, 32
+    config["run"]["steps"], config["optimizer"]["lr"], config["rollout"]["prompts_per_step"] = 40, 3e-3, 32
     config["model"]["initial"] = None
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     gaps = ranks(2, own_loop, str(tmp_path / "own.yaml"))
-    assert gaps[0] == gaps[1] and len(gaps[0]) == 16
+    assert gaps[0] == gaps[1] and len(gaps[0]) == 40
     assert gaps[0][0] < 0 and sum(gaps[0][-3:]) / 3 > 0.6 * gaps[0][0]  # the gap to the teacher has closed by 40%
