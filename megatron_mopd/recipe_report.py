@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd import evaluation, metrics, report, screen
+from megatron_mopd import evaluation, metrics, report_files, screen
 from megatron_mopd.config import Config
 from megatron_mopd.report import Divergence, Example, Report
 
@@ -58,7 +58,7 @@ def build(directory: Path, name: str, config: Config, wall_s: float) -> Report:
 def publish(directory: Path, name: str, config: Config, wall_s: float) -> Report:
     """Write the report beside the stages and show it."""
     made = build(directory, name, config, wall_s)
-    report.write(made, directory)
+    report_files.write(made, directory)
     screen.show(made)
     return made
 

@@ -1,4 +1,4 @@
-"""Whether the students recovered their teachers: the records, the numbers, ``report.json`` and ``report.md``.
+"""Whether a student recovered its teachers: the records, the numbers, the content of ``report.json`` and ``report.md``.
 
 Recovery of a domain is (after - before) / (teacher - before) in accuracy, undefined where the teacher is no better than
 the student was before.
@@ -6,12 +6,9 @@ the student was before.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 Z95 = 1.959963984540054  # 97.5% quantile of the normal distribution
@@ -225,23 +222,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
-def write(report: Report, directory: Path | str) -> list[Path]:
-    """Write pictures, ``report.md`` and last ``report.json``, each file whole or not at all; returns their paths."""
-    from megatron_mopd import plots  # matplotlib is needed only here
-
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    written, pictures = [], {}
-    for caption, name, figure in plots.figures(report):
-        written.append(_atomically(directory / name, lambda path, figure=figure: plots.save(figure, path)))
-        pictures[caption] = name
-    markdown = to_markdown(report, pictures)
-    text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
-    written.append(_atomically(directory / "report.md", lambda path: path.write_text(markdown, encoding="utf-8")))
-    written.append(_atomically(directory / "report.json", lambda path: path.write_text(text, encoding="utf-8")))
-    return written
-
-
 def _settings(report: Report) -> list[tuple[str, Any]]:
     return [*report.parallel.items(), *report.versions.items()]
 
@@ -250,15 +230,3 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     align = ["---", *["---:"] * (len(headings) - 1)]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in [headings, align, *rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
-
-
-def _atomically(path: Path, fill: Callable[[Path], Any]) -> Path:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        fill(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_mopd import display, parallel, presets
 from megatron_mopd.config import Config, ConfigurationError, load_config
+from megatron_mopd.files import atomically
 from megatron_mopd.metrics import MetricsWriter
 from megatron_mopd.parallel import Groups
 from megatron_mopd.trainer import Trainer
@@ -50,9 +51,7 @@ def _leave(path: Path, tree: Mapping[str, Any], groups: Groups) -> None:
     """Written whole or not at all, by the first rank."""
     if groups.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(tree) + "\n")
-        partial.replace(path)
+        atomically(path, lambda file: file.write_text(json.dumps(tree) + "\n"))
 
 
 def main() -> None:

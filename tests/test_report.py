@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mopd import plots, report
+from megatron_mopd import plots, report, report_files
 from megatron_mopd.report import Accuracy, Divergence, Example, Report, gain_interval, recovery, wilson
 
 
@@ -134,7 +134,7 @@ def test_an_example_needs_an_advantage_for_each_token() -> None:
 
 
 def test_written_files_agree(merged: Report, tmp_path) -> None:
-    paths = report.write(merged, tmp_path / "runs" / "demo")
+    paths = report_files.write(merged, tmp_path / "runs" / "demo")
     names = [path.name for path in paths]
     assert names == ["accuracy.png", "reverse_kl.png", "advantages.png", "rollouts.png", "report.md", "report.json"]
     assert sorted(os.listdir(tmp_path / "runs" / "demo")) == sorted(names)
@@ -157,7 +157,7 @@ def test_tables_of_markdown_are_rectangular(merged: Report) -> None:
 
 
 def test_a_failed_write_leaves_the_old_report(merged: Report, tmp_path, monkeypatch) -> None:
-    report.write(merged, tmp_path)
+    report_files.write(merged, tmp_path)
     old = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
 
     def full_disk(figure, path) -> None:
@@ -166,7 +166,7 @@ def test_a_failed_write_leaves_the_old_report(merged: Report, tmp_path, monkeypa
 
     monkeypatch.setattr(plots, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
-        report.write(dataclasses.replace(merged, wall_s=1.0), tmp_path)
+        report_files.write(dataclasses.replace(merged, wall_s=1.0), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == old
 
 

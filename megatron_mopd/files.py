@@ -1,0 +1,21 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def atomically(path: Path, fill: Callable[[Path], Any]) -> Path:
+    """Let ``fill`` write a file beside ``path`` and put it in its place once the disk has it."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        fill(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
