@@ -1,4 +1,4 @@
-"""A plain Megatron-Core training loop that gains MOPD: the lines between the two marks are all it takes.
+"""A plain Megatron-Core training loop that gains MOPD: the statements between the marks are all it takes.
 
     torchrun --nproc_per_node=2 examples/own_loop.py CONFIG.yaml
 
@@ -31,7 +31,8 @@ def train(config: Config) -> list[float]:
     """Run ``config.run.steps`` steps and return the mean log-ratio teacher - student of each (0 when they agree)."""
     groups = parallel.initialize(config.parallel, config.run.seed)
     tokenizer = build_tokenizer(config.tokenizer)
-    model = student.build_model(config.model, config.parallel, groups, tokenizer.vocab_size, mtp=False)
+    vocab = tokenizer.vocab_size
+    model = student.build_model(config.model, config.parallel, groups, vocab, mtp=False)
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
     model = DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups.pg)
     settings = OptimizerConfig(lr=config.optimizer.lr, weight_decay=0.0, use_distributed_optimizer=True)
@@ -41,9 +42,11 @@ def train(config: Config) -> list[float]:
 
     # >>> MOPD: what to sample, who scores it
     prompts = PromptStream(load_prompts(config.data.train, tokenizer, config.model.max_sequence_length), {}, seed=0)
-    sampler = Sampler(model, groups, config.model.max_sequence_length, tokenizer.vocab_size)
+    sampler = Sampler(model, groups, config.model.max_sequence_length, vocab)
     sampling = Sampling(
-        temperature=1.0, max_new_tokens=config.rollout.max_new_tokens, stop_tokens=tokenizer.stop_tokens
+        temperature=config.rollout.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        stop_tokens=tokenizer.stop_tokens,
     )
     teachers = TeacherPool(config, groups, tokenizer)
     # <<<
@@ -52,17 +55,30 @@ def train(config: Config) -> list[float]:
         # >>> MOPD: sample, sign, score, pack, with every rank's share of one global batch
         wanted = [(p, 0) for p in prompts.take(config.rollout.prompts_per_step)[groups.dp_rank :: groups.dp_size]]
         rollouts = sampler.generate(wanted, sampling, config.run.seed, step, config.rollout.batch_size)
-        signed = [provenance.sign(r, Policy(run_id="own", step=step), tokenizer, sampling, 0, step) for r in rollouts]
-        packed = batch.pack(teachers.score(signed), config.batching.micro_batch_size, 0, length_multiple=groups.tp_size)
+        policy, seed = Policy(run_id="own", step=step), config.run.seed
+        signed = [provenance.sign(r, policy, tokenizer, sampling, seed, step) for r in rollouts]
+        scored = teachers.score(signed)
+        provenance.check(scored, policy, 0, tokenizer, teachers)
+        packed = batch.pack(
+            scored, config.batching.micro_batch_size, tokenizer.pad_token, length_multiple=groups.tp_size
+        )
+        packed = batch.even(packed, tokenizer.pad_token, groups, config.parallel.dispatcher)
         counts = _global_counts(packed, groups)
         # <<<
 
         def forward_step(data: Iterator[MicroBatch], ddp: DistributedDataParallel, counts: Counts = counts):
             micro_batch = next(data)
-            out = student.forward(ddp, micro_batch.tokens)
-            hidden = student.gather_hidden(out.hidden, groups, ddp.module.config)[micro_batch.rows]
+            out = student.forward(ddp, micro_batch.tokens.to(groups.device))
+            hidden = student.gather_hidden(out.hidden, groups, ddp.module.config)[micro_batch.rows.to(groups.device)]
             # >>> MOPD: the loss of Eq. 3 in place of cross-entropy
-            logprobs = linear_logprob(hidden, out.output_weight, micro_batch.targets, group=groups.tp)
+            logprobs = linear_logprob(
+                hidden,
+                out.output_weight,
+                micro_batch.targets.to(groups.device),
+                temperature=sampling.temperature,
+                group=groups.tp,
+                valid_vocab=vocab,
+            )
             output = mopd_loss(logprobs, micro_batch, config.objective, counts)
             # <<<
             return output.loss, lambda loss: (loss, torch.zeros((), dtype=torch.int), output.per_token["log_ratio"])
@@ -86,7 +102,8 @@ def train(config: Config) -> list[float]:
 
 
 def _global_counts(packed: list[MicroBatch], groups: parallel.Groups) -> Counts:
-    total = torch.tensor([sum(len(mb.targets) for mb in packed), sum(len(mb.lengths) for mb in packed)])
+    local = [sum(len(mb.targets) for mb in packed), sum(int((mb.lengths > 0).sum()) for mb in packed)]
+    total = torch.tensor(local, device=groups.device)
     torch.distributed.all_reduce(total, group=groups.dp)
     return Counts(tokens=int(total[0]), sequences=int(total[1]))
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_mopd.records import MicroBatch, Rollout, ScoredRollout
+
+if TYPE_CHECKING:
+    from megatron_mopd.parallel import Groups
 
 
 def pack(
@@ -50,14 +54,22 @@ def empty(pad_token: int, length_multiple: int = 1) -> MicroBatch:
     )
 
 
-def same_shapes(micro_batches: Sequence[MicroBatch], pad_token: int, group: dist.ProcessGroup) -> list[MicroBatch]:
-    """Pad rows and columns until the i-th micro-batches of all ranks in ``group`` are equally large; a collective.
+def even(micro_batches: Sequence[MicroBatch], pad_token: int, groups: Groups, dispatcher: str) -> list[MicroBatch]:
+    """Pad with empty micro-batches until all data-parallel ranks have as many, so that all run the same collectives.
 
-    Experts behind mcore's allgather dispatcher need it: it gathers as many tokens from every rank as it has itself.
+    Behind mcore's allgather dispatcher, which gathers as many tokens from every rank as it has itself, the i-th
+    micro-batches become equally large too. Empty where no rank has any. A collective of ``groups.dp``, whose ranks
+    together hold every expert parallel group; tensor parallel peers have the same micro-batches anyway.
     """
-    shapes = torch.tensor([mb.tokens.shape for mb in micro_batches])
-    dist.all_reduce(shapes, op=dist.ReduceOp.MAX, group=group)
-    return [_padded(mb, b, s, pad_token) for mb, (b, s) in zip(micro_batches, shapes.tolist(), strict=True)]
+    count = torch.tensor(len(micro_batches), device=groups.device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=groups.dp)
+    missing = int(count) - len(micro_batches)
+    result = [*micro_batches, *[empty(pad_token, groups.tp_size)] * missing]
+    if not result or dispatcher != "allgather":
+        return result
+    shapes = torch.tensor([mb.tokens.shape for mb in result], device=groups.device)
+    dist.all_reduce(shapes, op=dist.ReduceOp.MAX, group=groups.dp)
+    return [_padded(mb, b, s, pad_token) for mb, (b, s) in zip(result, shapes.tolist(), strict=True)]
 
 
 def _padded(micro_batch: MicroBatch, b: int, s: int, pad_token: int) -> MicroBatch:

@@ -120,8 +120,8 @@ def load_weights(path: Path, model: Any, groups: Groups) -> dict[str, Any]:
     """Restore the weights alone, from the newest checkpoint under ``path`` (or ``path`` itself); returns its manifest.
 
     MTP tensors are passed over when the model has no MTP; every other name and shape must match. A checkpoint that
-    another Megatron program wrote works too; its manifest then holds ``checkpoint_id`` alone, computed here. Raises
-    :class:`ConfigurationError` as :func:`load`.
+    another Megatron program wrote works too; its manifest then holds ``checkpoint_id`` alone. The identity is computed
+    from the tensors and must be the manifest's. Raises :class:`ConfigurationError` as :func:`load`.
     """
     module: Any = unwrap_model(model)
     try:
@@ -131,11 +131,15 @@ def load_weights(path: Path, model: Any, groups: Groups) -> dict[str, Any]:
         tensors = sharded_state.of(module, None, groups, loading=True)
         request = _together(groups, lambda: sharded_state.Request(tensors, index, manifest.get("vocab_size")))
         _together(groups, lambda: request.fill(module, None, None))
-        if "checkpoint_id" not in manifest:
-            manifest |= {"checkpoint_id": _identify(index, module.config.num_query_groups, None, groups)}
+        found = _identify(index, module.config.num_query_groups, manifest.get("vocab_size"), groups)
     except _Failed as failed:
         raise ConfigurationError(str(failed)) from None
-    return manifest
+    if manifest.get("checkpoint_id", found) != found:
+        raise ConfigurationError(
+            f"{path}: {directory.MANIFEST} says checkpoint_id {manifest['checkpoint_id'][:12]}, the tensors beside it"
+            f" give {found[:12]}; one of the two was exchanged or damaged: take the directory from its source again"
+        )
+    return manifest | {"checkpoint_id": found}
 
 
 class _SynchronousSave(mcore_torch.TorchDistSaveShardedStrategy):

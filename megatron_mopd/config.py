@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from megatron_mopd.objective_presets import OBJECTIVE_PRESETS
 from megatron_mopd.settings import ConfigurationError, explain, merge, nearest, read_yaml
 
 
@@ -170,6 +171,8 @@ class Mopd(Section):
     """Eq. 3 of the Nemotron 3 Ultra report (section 3.3.1) and its released variants as fields."""
 
     type: Literal["mopd"] = "mopd"
+    preset: Literal["mimo", "cascade_2", "ultra_released"] | None = None
+    """Values for the fields below, from megatron_mopd.objective_presets; a field given beside it wins."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """r_t is clipped to [1 - clip_low, 1 + clip_high]; the report gives no value, 0.2 is PPO's."""
     clip_high: float = Field(default=0.2, ge=0)
@@ -194,6 +197,12 @@ class Mopd(Section):
     """lambda_i on the loss; 1 for a domain not named."""
     minibatches: int = Field(default=1, gt=0)
     """Optimizer steps per rollout batch. With 1, prox is the training forward itself and no prox forward runs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        known = OBJECTIVE_PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
+        return values if known is None else {**known, **values}
 
     @model_validator(mode="after")
     def _bounds(self) -> Mopd:
@@ -232,7 +241,7 @@ class Optimizer(Section):
     decay: Literal["constant", "cosine", "linear"] = "constant"
     decay_to: float = Field(default=0.0, ge=0, le=1)
     """Last learning rate as a fraction of lr."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_grad: float = Field(default=1.0, gt=0)
@@ -277,7 +286,6 @@ class Run(Section):
     seed: int = 42
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 with fp32 main parameters on CUDA, fp32 on CPU; resolved once and said once."""
-    deterministic: bool = True
 
 
 class Config(Section):
@@ -308,6 +316,16 @@ class Config(Section):
             raise ValueError("objective.type mopd needs teachers; name at least one under teachers")
         if self.objective.type == "cross_entropy" and self.source.type != "dataset":
             raise ValueError("objective.type cross_entropy trains on a dataset's completions; set source.type: dataset")
+        if self.evaluation.every and not self.data.held_out:
+            raise ValueError(
+                f"evaluation.every = {self.evaluation.every} needs prompts to evaluate on under data.held_out"
+            )
+        size = self.rollout.prompts_per_step if self.source.type == "rollout" else self.batching.sequences_per_step
+        if size is not None and self.objective.minibatches > size:
+            raise ValueError(
+                f"objective.minibatches = {self.objective.minibatches} would leave optimizer steps without any of the"
+                f" {size} prompts of a batch; lower it, or raise rollout.prompts_per_step (batching.sequences_per_step)"
+            )
         if self.objective.type == "cross_entropy" and self.batching.sequences_per_step is None:
             raise ValueError("batching.sequences_per_step is needed by a dataset stage")
         if isinstance(self.objective, Mopd) and self.objective.outcome_weight and self.rollout.samples_per_prompt < 2:

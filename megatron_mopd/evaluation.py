@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = 2
 """Rollouts of each domain kept whole, for the report's pictures."""
+KEPT_ADVANTAGES = 20_000
+"""Tokens of each domain and rank whose advantage is kept, for the report's histogram."""
 
 
 def held_out(prompts: Sequence[Prompt], per_domain: int) -> list[Prompt]:
@@ -34,12 +36,12 @@ def held_out(prompts: Sequence[Prompt], per_domain: int) -> list[Prompt]:
 
 
 def sample(
-    sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling, groups: Groups, batch_size: int, seed: int
+    sampler: Sampler, prompts: Sequence[Prompt], sampling: Sampling, groups: Groups, batch_size: int
 ) -> list[Rollout]:
     """One completion of each prompt of this data-parallel rank's share."""
     share = prompts[groups.dp_rank :: groups.dp_size]
     # Draw -1: evaluation never shares its noise with a training draw.
-    return sampler.generate([(prompt, 0) for prompt in share], sampling, seed, -1, batch_size)
+    return sampler.generate([(prompt, 0) for prompt in share], sampling, 0, -1, batch_size)
 
 
 def accuracy(
@@ -52,7 +54,7 @@ def accuracy(
 ) -> dict[str, Accuracy]:
     """Greedy accuracy per domain, judged by each prompt's verifier (a score of 1 counts). Equal on all ranks."""
     greedy = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop_tokens=tuple(tokenizer.stop_tokens))
-    rollouts = sample(sampler, prompts, greedy, groups, batch_size, seed=0)
+    rollouts = sample(sampler, prompts, greedy, groups, batch_size)
     domains = sorted({p.domain for p in prompts})
     counts = torch.zeros(len(domains), 2, dtype=torch.int64, device=groups.device)
     for rollout in rollouts:
@@ -78,7 +80,7 @@ def diagnose(
     ``reverse_kl``: {teacher: {domain: nats}}, exact, all pairs; ``advantages``: {domain: [log-ratio of each token]};
     ``examples``: a few rollouts of each domain with their tokens' texts and advantages.
     """
-    rollouts = sample(sampler, prompts, sampling, groups, batch_size, seed=0)
+    rollouts = sample(sampler, prompts, sampling, groups, batch_size)
     kl = teachers.reverse_kl(sampler.model, rollouts, all_pairs=True)
     signed = [provenance.sign(r, policy, tokenizer, sampling, seed=0, draw=-1) for r in rollouts]
     advantages: dict[str, list[float]] = {}
@@ -87,7 +89,8 @@ def diagnose(
         rollout, domain = item.rollout, item.rollout.prompt.domain
         assert rollout.behav_logprobs is not None
         values = [round(v, 4) for v in (item.teacher_logprobs - rollout.behav_logprobs).tolist()]
-        advantages.setdefault(domain, []).extend(values)
+        kept = advantages.setdefault(domain, [])
+        kept.extend(values[: KEPT_ADVANTAGES - len(kept)])
         example = {
             "domain": domain,
             "prompt": rollout.prompt.messages[-1]["content"],

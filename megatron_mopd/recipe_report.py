@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,13 @@ from megatron_mopd import evaluation, metrics, report_files, screen
 from megatron_mopd.config import Config
 from megatron_mopd.report import Divergence, Example, Report
 
-PACKAGES = ("megatron-mopd", "megatron-core", "torch", "triton", "transformers", "reasoning-gym", "numpy")
 
+def build(directory: Path, stages: Sequence[str], config: Config) -> Report:
+    """The report on the last of ``stages`` in ``directory``, whose teachers are stages of the same recipe.
 
-def build(directory: Path, name: str, config: Config, wall_s: float) -> Report:
-    """The report on stage ``name`` of the recipe in ``directory``, whose teachers are stages of the same recipe."""
+    ``wall_s`` is the time of all stages together, whenever each of them ran.
+    """
+    name = stages[-1]
     before, after = _read(directory / name / "before.json"), _read(directory / name / "result.json")
     teacher_of = {domain: teacher for teacher, t in config.teachers.items() for domain in t.domains}
     rows = metrics.read(directory / name)
@@ -31,9 +31,9 @@ def build(directory: Path, name: str, config: Config, wall_s: float) -> Report:
             teacher: {d: Divergence(before=kl, after=after["reverse_kl"][teacher][d]) for d, kl in row.items()}
             for teacher, row in before["reverse_kl"].items()
         },
-        parallel=config.parallel.model_dump(),
-        versions={"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
-        wall_s=wall_s,
+        parallel=after["parallel"],
+        versions=after["versions"],
+        wall_s=sum(_read(directory / stage / "result.json")["wall_s"] for stage in stages),
         steps=config.run.steps,
         accuracy_history={
             d: [(point["step"], evaluation.from_json(point["accuracy"])[d]) for point in after["history"]]
@@ -55,9 +55,9 @@ def build(directory: Path, name: str, config: Config, wall_s: float) -> Report:
     )
 
 
-def publish(directory: Path, name: str, config: Config, wall_s: float) -> Report:
+def publish(directory: Path, stages: Sequence[str], config: Config) -> Report:
     """Write the report beside the stages and show it."""
-    made = build(directory, name, config, wall_s)
+    made = build(directory, stages, config)
     report_files.write(made, directory)
     screen.show(made)
     return made

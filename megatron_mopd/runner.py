@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import time
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from megatron_mopd import checkpoint, display, parallel, presets, recipe_report
 from megatron_mopd.config import Config, ConfigurationError, Section, build_config
 from megatron_mopd.parallel import Groups
 from megatron_mopd.settings import explain, merge, overlay, read_yaml
-from megatron_mopd.train import run_stage
+from megatron_mopd.train import leave, reported, run_stage
+from megatron_mopd.update import Objective
 
 
 class Stage(Section):
     """One training stage: common settings plus its own, from another stage's weights, with other stages as teachers."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     initial: str | None = None
     """Stage whose final weights this one starts from; random weights when left out."""
     teachers: dict[str, list[str]] = {}
@@ -35,6 +37,8 @@ class Stage(Section):
 
 
 class Recipe(Section):
+    """Stages over common settings; the last one may have earlier ones as teachers and is then reported on."""
+
     dir: Path
     common: dict[str, Any] = {}
     stages: list[Stage] = Field(min_length=1)
@@ -66,53 +70,69 @@ def load_recipe(path: Path, overrides: list[str]) -> Recipe:
 
 def stage_config(recipe: Recipe, stage: Stage) -> Config:
     """The full configuration of one stage."""
-    tree = overlay(recipe.common, stage.settings)
-    tree.setdefault("run", {})["dir"] = str(recipe.dir / stage.name)
+    ours: dict[str, Any] = {"run": {"dir": str(recipe.dir / stage.name)}}
     if stage.initial is not None:
-        tree.setdefault("model", {})["initial"] = str(recipe.dir / stage.initial / "checkpoints")
+        ours["model"] = {"initial": str(recipe.dir / stage.initial / "checkpoints")}
     if stage.teachers:
-        tree["teachers"] = {
+        ours["teachers"] = {
             name: {"checkpoint": str(recipe.dir / name / "checkpoints"), "domains": domains}
             for name, domains in stage.teachers.items()
         }
-    return build_config(tree, origin=f"stage {stage.name!r}")
+    return build_config(overlay(overlay(recipe.common, stage.settings), ours), origin=f"stage {stage.name!r}")
 
 
 def run(recipe: Recipe, groups: Groups) -> None:
-    """Run every stage that is not finished, in order."""
+    """Run every stage that is not finished, in order; all are checked before the first is trained."""
     configs = {stage.name: stage_config(recipe, stage) for stage in recipe.stages}
-    for config in configs.values():
-        presets.check(config)  # all stages before the first is trained
-    for stage in recipe.stages:
-        config = configs[stage.name]
-        fingerprint = _fingerprint(config, recipe, stage)
-        marker = recipe.dir / stage.name / "stage.json"
-        if marker.exists():
-            known = json.loads(marker.read_text())["fingerprint"]
-            if known == fingerprint:
-                display.note(groups.rank, f"stage {stage.name}: finished and unchanged, kept")
-                continue
-            raise ConfigurationError(
-                f"stage {stage.name!r}: {marker.parent} holds a run with other settings, start or teachers"
-                f" ({known[:12]} there, {fingerprint[:12]} now); move it away or choose another dir"
-            )
-        run_stage(config, groups, title=stage.name)
-        if groups.rank == 0:
-            marker.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-        torch.distributed.barrier(groups.world)
+    for name, config in configs.items():
+        presets.check(config)
+        if config.parallel != configs[recipe.stages[0].name].parallel:
+            raise ConfigurationError(f"stage {name!r}: all stages run on one layout; set parallel under common")
+    for name, config in configs.items():
+        run_unless_finished(config, groups, title=name)
 
 
-def _fingerprint(config: Config, recipe: Recipe, stage: Stage) -> str:
-    """sha256 of everything a stage's result depends on but the layout, which may differ between runs."""
-    tree = config.model_dump(mode="json", exclude={"parallel": True, "run": {"dir"}, "teachers": True})
-    tree["model"].pop("initial")
+def run_unless_finished(config: Config, groups: Groups, title: str, objective: Objective | None = None) -> None:
+    """Run a stage, go on with it if it was stopped, or keep it if it is finished; refuse a directory of other settings.
+
+    The directory's ``stage.json`` says what it was started with, from its first moment.
+    """
+    marker, fingerprint = config.run.dir / "stage.json", _fingerprint(config)
+    known = json.loads(marker.read_text()) if marker.exists() else None
+    if known is not None and known["fingerprint"] != fingerprint:
+        raise ConfigurationError(
+            f"stage {title!r}: {config.run.dir} holds a run with other settings, start or teachers"
+            f" ({known['fingerprint'][:12]} there, {fingerprint[:12]} now); move it away or choose another dir"
+        )
+    torch.distributed.barrier(groups.world)  # nobody starts while a peer still reads
+    if known is not None and known["finished"]:
+        display.note(groups.rank, f"stage {title}: finished and unchanged, kept")
+        return
+    leave(marker, {"fingerprint": fingerprint, "finished": False}, groups)
+    run_stage(config, replace(groups, seed=config.run.seed), objective, title)
+    leave(marker, {"fingerprint": fingerprint, "finished": True}, groups)
+    torch.distributed.barrier(groups.world)
+
+
+def _fingerprint(config: Config) -> str:
+    """sha256 of everything a stage's result depends on; the layout counts only where students are compared to teachers.
+
+    So specialists serve runs on any layout, and a student's report speaks of the layout that made it.
+    """
+    tree = config.model_dump(mode="json", exclude={"run": {"dir"}, "teachers": True})
     tree["batching"].pop("micro_batch_size")
-    inputs = [stage.initial] if stage.initial else []
-    ids = {
-        n: checkpoint.read_manifest(recipe.dir / n / "checkpoints")["checkpoint_id"] for n in [*inputs, *stage.teachers]
+    if not config.teachers:
+        tree.pop("parallel")
+    if start := tree["model"].pop("initial"):
+        tree["model"]["initial"] = checkpoint.read_manifest(Path(start)).get("checkpoint_id")
+    tree["teachers"] = {
+        name: [
+            checkpoint.read_manifest(t.checkpoint).get("checkpoint_id"),
+            t.model_dump(mode="json", exclude={"checkpoint"}),
+        ]
+        for name, t in config.teachers.items()
     }
-    text = json.dumps([tree, stage.initial, stage.teachers, ids], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _check_order(recipe: Recipe, path: Path) -> None:
@@ -133,19 +153,14 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value")
     arguments = parser.parse_args()
-    start = time.perf_counter()
-    try:
+    display.setup_logging(int(os.environ.get("RANK", "0")))
+    with reported():
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         first, last = (stage_config(recipe, recipe.stages[i]) for i in (0, -1))
         groups = parallel.initialize(first.parallel, first.run.seed)
-        display.setup_logging(groups.rank)
         run(recipe, groups)
-        if groups.rank == 0 and last.teachers:
-            recipe_report.publish(recipe.dir, recipe.stages[-1].name, last, wall_s=time.perf_counter() - start)
-    except ConfigurationError as error:
-        raise SystemExit(f"error: {error}") from None
-    finally:
-        parallel.destroy()
+        if groups.rank == 0 and recipe.stages[-1].teachers and last.data.held_out:
+            recipe_report.publish(recipe.dir, [stage.name for stage in recipe.stages], last)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,12 @@ class RolloutSource:
     """The student's own completions of the training prompts, with their provenance."""
 
     def __init__(self, config: Config, groups: Groups, tokenizer: ChatTokenizer, sampler: Sampler) -> None:
-        self.items = load_prompts(config.data.train, tokenizer, config.model.max_sequence_length)
+        self.items = load_prompts(
+            config.data.train,
+            tokenizer,
+            config.model.max_sequence_length,
+            need_verifier=isinstance(config.objective, Mopd) and config.objective.outcome_weight > 0,
+        )
         self.stream = PromptStream(self.items, config.data.weights, config.data.shuffle_seed)
         self.config, self.groups, self.tokenizer, self.sampler = config, groups, tokenizer, sampler
         self.sampling = Sampling(
@@ -68,6 +73,8 @@ class RolloutSource:
     def _reward(self, rollout: Rollout) -> float | None:
         if not isinstance(self.config.objective, Mopd) or not self.config.objective.outcome_weight:
             return None
+        if rollout.finish != "stop":  # as in evaluation: an answer cut short is no answer
+            return 0.0
         return verify(rollout.prompt, self.tokenizer.decode(rollout.completion.tolist()))
 
     def state_dict(self) -> dict[str, Any]:

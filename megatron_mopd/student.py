@@ -30,6 +30,14 @@ logger = logging.getLogger(__name__)
 Precision = Literal["fp32", "bf16"]
 
 _ACTIVATIONS = {"squared_relu": squared_relu, "quick_gelu": quick_gelu, "gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+_FREE = {
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "bias_dropout_fusion",
+    "masked_softmax_fusion",
+}
+"""Fields set here that an override may still change."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -45,7 +53,14 @@ def transformer_config(
     values: dict[str, Any] = preset.transformer_fields() | {"activation_func": squared_relu}
     if not mtp:
         values["mtp_num_layers"] = None
-    values |= _runtime_fields(model, parallel, precision) | _overrides(model)
+    ours = _runtime_fields(model, parallel, precision)
+    overrides = _overrides(model)
+    for name in overrides.keys() & ours.keys() - _FREE:
+        raise ConfigurationError(
+            f"model.override.{name} = {overrides[name]!r}: follows other settings (parallel, run.precision) or keeps"
+            f" the mathematics of the update right; it is {ours[name]!r} here, leave it out"
+        )
+    values |= ours | overrides
     try:
         return TransformerConfig(**values)
     except (AssertionError, ValueError) as error:

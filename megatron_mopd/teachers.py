@@ -51,23 +51,27 @@ class TeacherPool:
         self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
         self.temperature = config.rollout.temperature
         self._micro_batch_size = config.batching.micro_batch_size
-        self._same_shapes = groups.ep_size > 1 and config.parallel.dispatcher == "allgather"
+        self._dispatcher = config.parallel.dispatcher
         self._teacher_of = {domain: name for name, teacher in config.teachers.items() for domain in teacher.domains}
         self._models = {name: teacher.model or config.model for name, teacher in config.teachers.items()}
-        manifests = {
-            name: _manifest(name, config, self._models[name], tokenizer, self.vocab_size) for name in config.teachers
-        }
+        for name in config.teachers:
+            _check_manifest(name, config, self._models[name], tokenizer, self.vocab_size)
         self.ids: dict[str, str] = {}  # teacher name -> checkpoint_id
         self._weights: dict[str, dict[str, Tensor]] = {}  # checkpoint_id -> host copy of parameters and buffers
         self._residents: dict[str, Any] = {}  # architecture -> the model on the device
         self._present: dict[str, str] = {}  # architecture -> checkpoint_id of the weights in it
-        for name, manifest in manifests.items():
-            self._load(name, manifest, config)
+        for name in config.teachers:
+            self._load(name, config)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Teachers in the order of the configuration, which is the order of their turns."""
         return tuple(self._models)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Every domain that has a teacher."""
+        return tuple(self._teacher_of)
 
     def route(self, domain: str) -> str:
         """The teacher of a domain; raises :class:`ConfigurationError` for a domain without one."""
@@ -142,8 +146,7 @@ class TeacherPool:
     ) -> Iterator[tuple[str, Any, list[MicroBatch]]]:
         """Each teacher that any data-parallel rank needs, loaded, with this rank's micro-batches for it.
 
-        The numbers of micro-batches are agreed over all data-parallel ranks, which covers every expert parallel
-        group, and filled up with empty ones, so that all ranks run the same collectives in the same order.
+        All ranks get as many micro-batches, if empty ones, and so run the same collectives in the same order.
         """
         width = self.groups.tp_size
         packed = {
@@ -152,15 +155,9 @@ class TeacherPool:
             )
             for name, turn in turns.items()
         }
-        counts = torch.tensor([len(packed[name]) for name in self.names], device=self.groups.device)
-        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.groups.dp)
-        for name, count in zip(self.names, counts.tolist(), strict=True):
-            if count:
-                missing = count - len(packed[name])
-                even = [*packed[name], *[batches_of.empty(self.pad_token, width)] * missing]
-                if self._same_shapes:
-                    even = batches_of.same_shapes(even, self.pad_token, self.groups.ep)
-                yield name, self._swap_in(name), even
+        for name in self.names:
+            if micro_batches := batches_of.even(packed[name], self.pad_token, self.groups, self._dispatcher):
+                yield name, self._swap_in(name), micro_batches
 
     def _logprobs(self, model: Any, micro_batch: MicroBatch) -> Tensor:
         hidden, weight = self._hidden(model, micro_batch)
@@ -187,7 +184,7 @@ class TeacherPool:
             self._present[key] = wanted
         return self._residents[key]
 
-    def _load(self, name: str, manifest: Mapping[str, Any], config: Config) -> None:
+    def _load(self, name: str, config: Config) -> None:
         path, key = config.teachers[name].checkpoint, _architecture(self._models[name])
         if key not in self._residents:
             precision = presets.resolve_precision(config.run.precision, self.groups.device)
@@ -195,21 +192,18 @@ class TeacherPool:
                 self._models[name], config.parallel, self.groups, self.vocab_size, precision, mtp=False
             )
             self._residents[key], self._present[key] = model.eval().requires_grad_(False), ""
-        known = manifest.get("checkpoint_id")
-        if known in self._weights:
-            self.ids[name] = known
-            return
         try:
             self.ids[name] = checkpoint.load_weights(path, self._residents[key], self.groups)["checkpoint_id"]
         except ConfigurationError as error:
             raise ConfigurationError(f"teachers.{name}.checkpoint = {path}: {error}") from None
         self._present[key] = self.ids[name]
-        self._weights[self.ids[name]] = {n: _host_copy(t) for n, t in _tensors(self._residents[key])}
+        if self.ids[name] not in self._weights:  # equal checkpoints share one host copy
+            self._weights[self.ids[name]] = {n: _host_copy(t) for n, t in _tensors(self._residents[key])}
         log.info("teacher %s: %s from %s", name, self.ids[name][:12], path)
 
 
-def _manifest(name: str, config: Config, model: Model, tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
-    """The manifest of a teacher's checkpoint, found fit for this student."""
+def _check_manifest(name: str, config: Config, model: Model, tokenizer: ChatTokenizer, vocab_size: int) -> None:
+    """Refuse a teacher whose checkpoint says that it reads text otherwise or is built otherwise."""
     where = f"teachers.{name}.checkpoint = {config.teachers[name].checkpoint}"
     try:
         manifest = checkpoint.read_manifest(config.teachers[name].checkpoint)
@@ -232,7 +226,6 @@ def _manifest(name: str, config: Config, model: Model, tokenizer: ChatTokenizer,
             f"{where}: was written by the model {_architecture(manifest['model'])}, expected {_architecture(model)};"
             f" give it as teachers.{name}.model or name another checkpoint"
         )
-    return manifest
 
 
 def _architecture(model: Model | Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from megatron_mopd import batch, checkpoint, evaluation, metrics, presets, provenance, student
-from megatron_mopd.config import Config, Mopd
+from megatron_mopd.config import Config, ConfigurationError, Mopd
 from megatron_mopd.objectives.cross_entropy import cross_entropy_loss
 from megatron_mopd.objectives.mopd import mopd_loss
 from megatron_mopd.objectives.outcome import group_advantages
@@ -21,7 +21,7 @@ from megatron_mopd.records import MicroBatch, Policy, Prompt, Rollout, ScoredRol
 from megatron_mopd.rollout import Sampler
 from megatron_mopd.sources import DatasetSource, RolloutSource
 from megatron_mopd.teachers import TeacherPool
-from megatron_mopd.tokenizer import build_tokenizer
+from megatron_mopd.tokenizer import ChatTokenizer, build_tokenizer
 from megatron_mopd.update import Learner, Objective, StepOutput
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,10 @@ class Trainer:
     """
 
     def __init__(self, config: Config, groups: Groups, objective: Objective | None = None) -> None:
+        self._elapsed, self._started = 0.0, time.perf_counter()
         self.config, self.groups = config, groups
         self.tokenizer = build_tokenizer(config.tokenizer)
-        self.vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
+        self.vocab_size = _vocab_size(config, self.tokenizer)
         precision = presets.resolve_precision(config.run.precision, groups.device)
         build = partial(student.build_model, config.model, config.parallel, groups, self.vocab_size, precision)
         self.held_out = load_prompts(
@@ -47,7 +48,11 @@ class Trainer:
         model = build(mtp=True)
         self.initial_id: str | None = None
         if config.model.initial is not None:
-            self.initial_id = checkpoint.load_weights(config.model.initial, model, groups)["checkpoint_id"]
+            manifest = checkpoint.load_weights(config.model.initial, model, groups)
+            self.initial_id = manifest["checkpoint_id"]
+            reads = {"tokenizer_sha": self.tokenizer.tokenizer_sha, "template_sha": self.tokenizer.template_sha}
+            known = {key: value for key, value in reads.items() if key in manifest}  # other programs write none
+            provenance.check_manifest(manifest, known, where=f"model.initial = {config.model.initial}")
         self.learner = Learner(model, config, groups, self.vocab_size, self.tokenizer.pad_token)
         self.sampler = Sampler(model, groups, config.model.max_sequence_length, valid_vocab=self.vocab_size)
         self.source: DatasetSource | RolloutSource = (
@@ -58,11 +63,17 @@ class Trainer:
         check_disjoint(self.source.items, self.held_out)
         if self.teachers is not None:
             self.teachers.require(item.domain for item in self.source.items if isinstance(item, Prompt))
+            self.teachers.require(prompt.domain for prompt in self.held_out)
         self.objective = objective or self._objective()
         self.in_flight: deque[list[ScoredRollout | Rollout]] = deque()
         self.step_index = 0
         self.history: list[dict[str, Any]] = []  # greedy evaluations while training
         self.times: dict[str, float] = {}
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds spent on this stage, by earlier processes of it too."""
+        return self._elapsed + time.perf_counter() - self._started
 
     # ------------------------------------------------------------------ one step
 
@@ -103,13 +114,15 @@ class Trainer:
         if isinstance(settings, Mopd) and settings.outcome_weight:
             outcome = group_advantages([r.rollout if isinstance(r, ScoredRollout) else r for r in rollouts])
         packed = []
+        rolled = self.config.source.type == "rollout"
+        samples = self.config.rollout.samples_per_prompt if rolled else 1
+        total = self.config.rollout.prompts_per_step if rolled else self.config.batching.sequences_per_step or 0
         for part in range(parts):
-            # Every parts-th prompt of the global batch: rank r holds global prompts r, r + dp_size, ...
-            samples = self.config.rollout.samples_per_prompt if self.config.source.type == "rollout" else 1
+            # Rank r holds the global prompts r, r + dp_size, ...; a part is a block of them, so every rank has some.
             chosen = [
                 i
                 for i in range(len(rollouts))
-                if (i // samples * self.groups.dp_size + self.groups.dp_rank) % parts == part
+                if (i // samples * self.groups.dp_size + self.groups.dp_rank) * parts // total == part
             ]
             packed.append(
                 batch.pack(
@@ -205,6 +218,7 @@ class Trainer:
             "source": self.source.state_dict(),
             "history": self.history,
             "schedule": self.learner.schedule.state_dict(),
+            "wall_s": self.wall_s,
         }
         checkpoint.save(
             self.config.run.dir / "checkpoints",
@@ -229,6 +243,7 @@ class Trainer:
         self.source.load_state_dict(found.state["source"])
         self.history = found.state["history"]
         self.learner.schedule.load_state_dict(found.state["schedule"])
+        self._elapsed = found.state["wall_s"]
         self.in_flight = deque(found.rollouts)
         log.info("resumed %s at step %d", root, self.step_index)
         return True
@@ -248,3 +263,14 @@ class Trainer:
             if self.teachers is not None
             else None,
         }
+
+
+def _vocab_size(config: Config, tokenizer: ChatTokenizer) -> int:
+    """Rows of the embedding that stand for tokens; a row without a token could be sampled and mean nothing."""
+    given = config.model.vocab_size
+    if given is not None and given != tokenizer.vocab_size:
+        raise ConfigurationError(
+            f"model.vocab_size = {given}, but the tokenizer has {tokenizer.vocab_size} tokens; leave the setting out,"
+            " or name the tokenizer of these weights"
+        )
+    return tokenizer.vocab_size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,8 @@ from megatron_mopd.objectives.mtp import mtp_cross_entropy
 from megatron_mopd.parallel import Groups
 from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
 from mopd_kernels import linear_logprob
+
+log = logging.getLogger(__name__)
 
 Objective = Callable[[Tensor, MicroBatch, Counts], ObjectiveOutput]
 
@@ -66,17 +70,7 @@ class Learner:
     def with_prox(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The same micro-batches with ``prox_logprobs``: log pi_prox of Eq. 2, the policy before the updates."""
         with torch.no_grad():
-            return [dataclasses.replace(mb, prox_logprobs=self.logprobs(mb)) for mb in self.even(micro_batches)]
-
-    def even(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Pad with empty micro-batches until all data-parallel ranks run the same number of forwards."""
-        count = torch.tensor(len(micro_batches), device=self.groups.device)
-        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=self.groups.dp)
-        missing = int(count) - len(micro_batches)
-        even = [*micro_batches, *[batches_of.empty(self.pad_token, self.groups.tp_size)] * missing]
-        if self.groups.ep_size > 1 and self.config.parallel.dispatcher == "allgather":
-            even = batches_of.same_shapes(even, self.pad_token, self.groups.ep)
-        return even
+            return [dataclasses.replace(mb, prox_logprobs=self.logprobs(mb)) for mb in self._even(micro_batches)]
 
     def counts(self, micro_batches: Sequence[MicroBatch]) -> Counts:
         """Global completion tokens and sequences of one optimizer step, before any mask of the objective."""
@@ -90,7 +84,7 @@ class Learner:
 
     def step(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> StepOutput:
         """Forward, backward and optimizer step over this rank's micro-batches; every rank calls it together."""
-        micro_batches = self.even(micro_batches)
+        micro_batches = self._even(micro_batches)
         counts = self.counts(micro_batches)
         self.model.train()
         self.model.zero_grad_buffer()
@@ -106,11 +100,9 @@ class Learner:
         )
         lr = float(self.optimizer.param_groups[0]["lr"])
         success, grad_norm, _ = self.optimizer.step()
-        if not success:
-            raise FloatingPointError(
-                "the gradient holds inf or NaN; the weights are those of the previous step."
-                " Resume from the last checkpoint with a lower optimizer.lr or objective.advantage_clip"
-            )
+        self._check_norms(grad_norm)
+        if not success:  # mcore leaves the weights alone beyond optimizer.options.grad_norm_skip_threshold
+            log.warning("gradient norm %.3g is above the threshold: this optimizer step is skipped", grad_norm)
         self.schedule.step(increment=1)
         losses = torch.stack([torch.stack([o["loss"], o["mtp_loss"]]) for o in outputs]).sum(0)
         torch.distributed.all_reduce(losses, group=self.groups.dp)
@@ -122,6 +114,20 @@ class Learner:
             lr=lr,
             per_token=[(mb, o["per_token"]) for mb, o in zip(micro_batches, outputs, strict=True)],
         )
+
+    def _even(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        return batches_of.even(micro_batches, self.pad_token, self.groups, self.config.parallel.dispatcher)
+
+    def _check_norms(self, grad_norm: float) -> None:
+        """Norms are global, so all ranks raise together, and before anything could be saved."""
+        norms = {"the trunk": grad_norm, **self.optimizer.grad_norms_by_group}
+        for name, norm in norms.items():
+            if not math.isfinite(float(norm)):
+                raise FloatingPointError(
+                    f"the gradient norm of {name} is {float(norm)}: the weights in memory are spoilt, those of the last"
+                    " checkpoint are good. Start the same command again with a lower optimizer.lr or an"
+                    " objective.advantage_clip"
+                )
 
     def _forward(self, micro_batch: MicroBatch, mtp: bool) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         device = self.groups.device
@@ -172,13 +178,8 @@ def _wrap(model: Any, config: Config, groups: Groups) -> DistributedDataParallel
     fields: dict[str, Any] = {
         "grad_reduce_in_fp32": True,
         "use_distributed_optimizer": config.optimizer.distributed,
-        "check_for_nan_in_grad": False,  # the optimizer step reports it with a way out
+        "check_for_nan_in_grad": False,  # Learner.step reports it with a way out
     }
-    if config.optimizer.ddp.get("overlap_param_gather"):
-        raise ConfigurationError(
-            "optimizer.ddp.overlap_param_gather = true: the output weight is read outside its module, where mcore's"
-            " gather hook cannot wait for it; leave it false"
-        )
     ddp_config = _fields(DistributedDataParallelConfig, fields, config.optimizer.ddp, "optimizer.ddp")
     return DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups.pg)
 
@@ -225,6 +226,9 @@ def _schedule(optimizer: Any, config: Config) -> OptimizerParamScheduler:
         end_wd=settings.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        # A resumed run follows its configuration, not the rates of the checkpoint; the position is restored either way.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 
@@ -242,4 +246,7 @@ def _fields(kind: type, ours: Mapping[str, Any], given: Mapping[str, Any], where
             raise ConfigurationError(
                 f"{where}.{name}: has a setting of its own under optimizer (or follows run.precision); set it there"
             )
-    return kind(**{**ours, **given})
+    try:
+        return kind(**{**ours, **given})
+    except (AssertionError, ValueError) as error:
+        raise ConfigurationError(f"{where}: mcore's {kind.__name__} refuses these values: {error}") from error

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_mopd import batch as batching
+from megatron_mopd import objective_presets
 from megatron_mopd.config import CrossEntropy, Mopd
-from megatron_mopd.objectives import mopd
 from megatron_mopd.objectives.cross_entropy import cross_entropy_loss
 from megatron_mopd.objectives.mopd import mopd_loss
 from megatron_mopd.objectives.mtp import mtp_cross_entropy
@@ -100,9 +100,9 @@ SETTINGS = {
     "sequence_mean": {"normalization": "sequence"},
     "outcome": {"outcome_weight": 0.7},
     "outcome_clipped": {"outcome_weight": 0.7, "advantage_clip": 0.4},
-    "mimo": mopd.MIMO,
-    "cascade_2": mopd.CASCADE_2,
-    "ultra_released": mopd.ULTRA_RELEASED,
+    "mimo": objective_presets.MIMO,
+    "cascade_2": objective_presets.CASCADE_2,
+    "ultra_released": objective_presets.ULTRA_RELEASED,
 }
 
 

@@ -72,18 +72,21 @@ def test_a_recipe_runs_once_and_ends_in_a_report(groups: Groups, tmp_path: Path)
     first = stamps(recipe.dir)
     assert set(first) == {"base", "expert", "merge"}
     last = runner.stage_config(recipe, recipe.stages[-1])
-    made = recipe_report.publish(recipe.dir, "merge", last, wall_s=1.0)
+    made = recipe_report.publish(recipe.dir, ["base", "expert", "merge"], last)
     tree = json.loads((recipe.dir / "report.json").read_text())
     expected = {"student_before", "student_after", "teacher", "recovery", "samples"}
     assert set(tree["domains"]["plain"]) == expected | {"reverse_kl_before", "reverse_kl_after"}
-    assert tree["domains"]["plain"]["samples"] == 4 and tree["parallel"]["tensor"] == 1 and tree["wall_s"] == 1.0
+    assert tree["domains"]["plain"]["samples"] == 4 and tree["parallel"]["tensor"] == 1 and tree["wall_s"] > 0
     assert {"accuracy.png", "reverse_kl.png", "advantages.png", "rollouts.png", "report.md"} <= {
         p.name for p in recipe.dir.iterdir()
     }
     assert [step for step, _ in made.accuracy_history["plain"]] == [1, 2]
     run(path, groups)  # everything is finished and unchanged
     assert stamps(recipe.dir) == first
-    run(path, groups, "parallel.dispatcher=allgather")  # how it is computed does not count
+    run(path, groups, "batching.micro_batch_size=4")  # how it is cut does not count
+    assert stamps(recipe.dir) == first
+    with pytest.raises(ConfigurationError, match=r"stage 'merge'.*other settings"):
+        run(path, groups, "parallel.dispatcher=allgather")  # experts serve any layout, a student's report names its own
     assert stamps(recipe.dir) == first
 
 
@@ -112,6 +115,24 @@ def test_bad_recipes_are_refused(tmp_path: Path, stages: list[Any], named: str) 
     path = write_recipe(tmp_path / "recipe.yaml", stages=stages)
     with pytest.raises(ConfigurationError, match=named):
         runner.load_recipe(path, [])
+
+
+def test_a_stopped_stage_goes_on_only_under_its_own_settings(groups: Groups, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml")
+    recipe = runner.load_recipe(path, [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "run_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(recipe, groups)
+    with pytest.raises(ConfigurationError, match=r"stage 'base'.*other settings"):
+        run(path, groups, "optimizer.lr=0.5")
+    assert set(stamps(run(path, groups).dir)) == {"base", "expert", "merge"}
+
+
+def test_all_stages_share_one_layout(groups: Groups, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(ConfigurationError, match=r"stage 'merge': all stages run on one layout"):
+        run(path, groups, "merge:parallel.dispatcher=allgather")
 
 
 def test_a_bad_last_stage_is_found_before_the_first_is_trained(groups: Groups, tmp_path: Path) -> None:
@@ -151,7 +172,7 @@ def test_a_loop_of_ones_own_gains_mopd(ranks: Any, tmp_path: Path) -> None:
     recipe = runner.load_recipe(path, [])
     config = runner.stage_config(recipe, recipe.stages[-1]).model_dump(mode="json")
     config["run"]["steps"], config["optimizer"]["lr"], config["rollout"]["prompts_per_step"] = 40, 3e-3, 32
-    config["model"]["initial"] = None
+    config["model"]["initial"], config["run"]["seed"] = None, 5  # not the weights its teacher started from
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
     gaps = ranks(2, own_loop, str(tmp_path / "own.yaml"))
     assert gaps[0] == gaps[1] and len(gaps[0]) == 40

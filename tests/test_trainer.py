@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,3 +342,96 @@ def test_resuming_under_another_teacher_is_refused(school: Any, groups: Any, tmp
     for other in (swapped, build_config(tree(tmp_path / "run", **renamed))):
         with pytest.raises(ProvenanceError, match="teachers"):
             Trainer(other, groups).resume()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(school: Any, groups: Any, tmp_path: Path) -> None:
+    _, mopd = school
+    trainer = Trainer(build_config(tree(tmp_path / "run", **mopd)), groups)
+
+    def poisoned(logprobs: torch.Tensor, micro_batch: MicroBatch, counts: Counts) -> Any:
+        output = mopd_loss(logprobs, micro_batch, trainer.config.objective, counts)  # type: ignore[arg-type]
+        return replace(output, loss=output.loss * float("nan"))
+
+    trainer.objective = poisoned
+    with pytest.raises(FloatingPointError, match=r"gradient norm.*nan.*checkpoint are good"):
+        trainer.run()
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None
+
+
+def test_a_resumed_run_follows_the_learning_rate_it_is_given(school: Any, groups: Any, tmp_path: Path) -> None:
+    _, mopd = school
+    first = Trainer(build_config(tree(tmp_path / "run", **mopd)), groups)
+    first.run()
+    again = Trainer(
+        build_config(
+            tree(
+                tmp_path / "run",
+                **overlay(mopd, {"optimizer": {"lr": 0.5}}),
+                run={"dir": str(tmp_path / "run"), "steps": 3},
+            )
+        ),
+        groups,
+    )
+    assert again.resume() and again.step_index == 2
+    assert again.step()["lr"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_prox_forwards_run_only_for_several_optimizer_steps(
+    school: Any, groups: Any, tmp_path: Path, minibatches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, mopd = school
+    settings = {"objective": {"type": "mopd", "minibatches": minibatches}, "rollout": {"lag": 1}}
+    trainer = Trainer(build_config(tree(tmp_path / "run", **overlay(mopd, settings))), groups)
+    forwards: list[int] = []
+    plain = trainer.learner.logprobs
+    monkeypatch.setattr(trainer.learner, "logprobs", lambda mb: forwards.append(1) or plain(mb))
+    trainer.step()
+    trainer.step()
+    assert len(forwards) == (0 if minibatches == 1 else 4)
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.main_grad.clone() for n, p in trainer.learner.module.named_parameters() if hasattr(p, "main_grad")}
+
+
+def test_one_forward_gives_the_gradient_of_the_two_forward_form_at_any_lag(
+    school: Any, groups: Any, tmp_path: Path
+) -> None:
+    _, mopd = school
+    plain = {"optimizer": {"distributed": False, "lr": 0.0, "clip_grad": 1e9}, "rollout": {"lag": 1}}
+    trainer = Trainer(build_config(tree(tmp_path / "run", **overlay(mopd, plain))), groups)
+    trainer.step()
+    (packed,) = trainer._minibatches(trainer.in_flight[0])
+    trainer.learner.step(packed, trainer.objective)
+    one = gradients(trainer)
+    trainer.learner.step(trainer.learner.with_prox(packed), trainer.objective)
+    two = gradients(trainer)
+    assert any(g.norm() > 0 for g in one.values())
+    for name, gradient in one.items():
+        assert (gradient - two[name]).norm() <= 1e-5 * gradient.norm().clamp(min=1e-12), name
+
+
+def test_training_mtp_heads_changes_no_bit_of_the_trunks_update(school: Any, groups: Any, tmp_path: Path) -> None:
+    _, mopd = school
+    after = []
+    for train in (True, False):
+        directory = tmp_path / str(train)
+        trainer = Trainer(
+            build_config(
+                tree(
+                    directory,
+                    **overlay(mopd, {"mtp": {"train": train}}),
+                    run={"dir": str(directory), "steps": 2, "id": "same"},
+                )
+            ),
+            groups,
+        )
+        row = trainer.step()
+        assert (row["mtp_loss"] > 0 and row["mtp_grad_norm"] > 0) == train
+        after.append((row["grad_norm"], weights(trainer)))
+    (norm_with, with_mtp), (norm_without, without) = after
+    assert norm_with == norm_without
+    for name, value in with_mtp.items():
+        assert name.startswith("mtp.") or torch.equal(value, without[name]), name
+    assert any(not torch.equal(value, without[name]) for name, value in with_mtp.items() if name.startswith("mtp."))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +26,9 @@ from megatron_mopd import display, evaluation, parallel, presets, report
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.objectives.mopd import mopd_loss
 from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
-from megatron_mopd.runner import Recipe, Stage, load_recipe, stage_config
-from megatron_mopd.train import run_stage
+from megatron_mopd.runner import Recipe, Stage, load_recipe, run_unless_finished, stage_config
+from megatron_mopd.settings import overlay
+from megatron_mopd.train import reported
 from megatron_mopd.update import Objective
 
 TRUE_FALL = 0.10
@@ -57,7 +59,7 @@ def variants(recipe: Recipe) -> dict[str, Stage]:
     rotated = dict(zip(names, domains[1:] + domains[:1], strict=True))
     return {
         "rotated": stage.model_copy(update={"teachers": rotated}),
-        "no_learning": stage.model_copy(update={"settings": _set(stage.settings, "optimizer", "lr", 0.0)}),
+        "no_learning": stage.model_copy(update={"settings": overlay(stage.settings, {"optimizer": {"lr": 0.0}})}),
         "shuffled": stage,
     }
 
@@ -66,16 +68,12 @@ def run(recipe: Recipe, groups: parallel.Groups) -> dict[str, Config]:
     """Run the controls that have no result yet; returns their configurations."""
     configs = {}
     for name, stage in variants(recipe).items():
+        config = stage_config(recipe, stage)
         directory = recipe.dir / "controls" / name
-        changed = stage.model_copy(update={"settings": _set(stage.settings, "run", "dir", str(directory))})
-        config = stage_config(recipe, changed)
-        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": directory})})
-        presets.check(config)
-        configs[name] = config
-        if not (directory / "result.json").exists():
-            run_stage(
-                config, groups, objective=shuffled(config) if name == "shuffled" else None, title=f"control {name}"
-            )
+        configs[name] = config.model_copy(update={"run": config.run.model_copy(update={"dir": directory})})
+        presets.check(configs[name])
+        objective = shuffled(config) if name == "shuffled" else None
+        run_unless_finished(configs[name], groups, f"control {name}", objective)
     return configs
 
 
@@ -174,22 +172,18 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _set(settings: Mapping[str, Any], section: str, key: str, value: Any) -> dict[str, Any]:
-    return {**settings, section: {**settings.get(section, {}), key: value}}
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value")
     arguments = parser.parse_args()
     failures: list[str] = []
-    try:
+    display.setup_logging(int(os.environ.get("RANK", "0")))
+    with reported():
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         config = stage_config(recipe, recipe.stages[-1])
         _results(recipe.dir / recipe.stages[-1].name)
         groups = parallel.initialize(config.parallel, config.run.seed)
-        display.setup_logging(groups.rank)
         configs = run(recipe, groups)
         if groups.rank == 0:
             tree, failures = judge(recipe, configs)
@@ -197,10 +191,6 @@ def main() -> int:
             show(tree)
             for failure in failures:
                 display.note(0, f"FAILED {failure}")
-    except ConfigurationError as error:
-        raise SystemExit(f"error: {error}") from None
-    finally:
-        parallel.destroy()
     return 1 if failures else 0
 
 

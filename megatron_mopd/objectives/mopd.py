@@ -12,8 +12,7 @@ w_t is the domain's lambda over a global denominator, so shares of the loss add 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,37 +22,6 @@ from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
 
 if TYPE_CHECKING:
     from megatron_mopd.config import Mopd
-
-MIMO: Mapping[str, Any] = {
-    "force_on_policy_ratio": True,
-    "importance": "icepop",
-    "normalization": "sequence",
-    "minibatches": 1,
-}
-"""MiMo-V2-Flash (arXiv 2601.02780, Eq. 5-9): policy gradient with a masked importance weight and the mean over each
-sequence. Its bounds and its alpha are not published: importance_low, importance_high and outcome_weight stay at the
-defaults here (Eq. 9 adds an outcome reward, so set outcome_weight to follow it)."""
-
-CASCADE_2: Mapping[str, Any] = {
-    **MIMO,
-    "importance_low": 0.5,
-    "importance_high": 2.0,
-}
-"""Nemotron-Cascade 2 (arXiv 2603.19220, section 4.4, Eq. 2-4): the same form with published bounds, no outcome
-reward."""
-
-ULTRA_RELEASED: Mapping[str, Any] = {
-    "force_on_policy_ratio": True,
-    "importance": "clamp",
-    "importance_low": 0.2,
-    "importance_high": 5.0,
-    "advantage_clip": 20.0,
-    "sequence_error_threshold": 2.0,
-    "normalization": "token",
-    "minibatches": 1,
-}
-"""What NVIDIA's released configuration runs instead of Eq. 3 (NeMo-RL, examples/nemo_gym/nemotron-3-ultra/mopd.yaml).
-Unlike it, tokens of dropped sequences stay in the denominator."""
 
 
 def mopd_loss(theta_logprobs: Tensor, batch: MicroBatch, settings: Mopd, counts: Counts) -> ObjectiveOutput:
