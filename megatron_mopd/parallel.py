@@ -105,7 +105,12 @@ def check_world(parallel: Parallel, world_size: int) -> None:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return host.HOST
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ConfigurationError(
+            f"this machine has {gpus} GPUs, but {local_rank + 1} or more processes were started on it; start at most"
+            f" {gpus} (torchrun --nproc_per_node={gpus})"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -61,6 +61,7 @@ class Trainer:
             else RolloutSource(config, groups, self.tokenizer, self.sampler)
         )
         check_disjoint(self.source.items, self.held_out)
+        self._check_weights()
         if self.teachers is not None:
             self.teachers.require(item.domain for item in self.source.items if isinstance(item, Prompt))
             self.teachers.require(prompt.domain for prompt in self.held_out)
@@ -74,6 +75,14 @@ class Trainer:
     def wall_s(self) -> float:
         """Seconds spent on this stage, by earlier processes of it too."""
         return self._elapsed + time.perf_counter() - self._started
+
+    def _check_weights(self) -> None:
+        present = sorted({(i if isinstance(i, Prompt) else i.prompt).domain for i in self.source.items})
+        for name in self.config.objective.domain_weights:
+            if name not in present:
+                raise ConfigurationError(
+                    f"objective.domain_weights.{name}: no such domain in data.train ({present}); correct the name"
+                )
 
     # ------------------------------------------------------------------ one step
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megatron_mopd import batch, checkpoint, parallel, student
 from megatron_mopd.config import Config, ConfigurationError, Parallel, build_config
@@ -435,3 +439,53 @@ def test_training_mtp_heads_changes_no_bit_of_the_trunks_update(school: Any, gro
     for name, value in with_mtp.items():
         assert name.startswith("mtp.") or torch.equal(value, without[name]), name
     assert any(not torch.equal(value, without[name]) for name, value in with_mtp.items() if name.startswith("mtp."))
+
+
+def student_against_itself(root: Path, mopd: dict[str, Any], layout: dict[str, Any]) -> tuple[float, float]:
+    start = mopd["model"]["initial"]
+    own = {name: {"checkpoint": start, "domains": t["domains"]} for name, t in mopd["teachers"].items()}
+    config = build_config(tree(root, **overlay(mopd, {"teachers": own, "parallel": layout, "mtp": {"train": False}})))
+    row = Trainer(config, parallel.initialize(config.parallel, 7)).step()
+    return row["on_policy_distillation/adv_std"], row["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"), [(1, {}), (2, {"tensor": 2}), (2, {"expert": 2})], ids=["one", "tp2", "ep2"]
+)
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(
+    ranks: Any, school: Any, world: int, layout: dict[str, Any]
+) -> None:
+    """Scoring sorts rollouts by teacher, so the shapes differ from the update's and rounding is all that is left."""
+    root, mopd = school
+    for spread, norm in ranks(world, student_against_itself, root, mopd, layout):
+        assert spread <= 1e-5 and norm <= 1e-5
+
+
+def test_a_weight_for_a_domain_that_is_not_there_is_refused(groups: Any, tmp_path: Path) -> None:
+    weighted = overlay(SFT, {"objective": {"domain_weights": {"plian": 2.0}}})
+    with pytest.raises(ConfigurationError, match=r"domain_weights\.plian"):
+        Trainer(build_config(tree(tmp_path / "run", **weighted)), groups)
+
+
+def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Processes killed with SIGKILL, mostly while they save, and started again by the same command."""
+    ids = []
+    for name in ("whole", "killed"):
+        run = {"dir": str(tmp_path / name), "steps": 12, "id": "same", "seed": 3}
+        (tmp_path / f"{name}.yaml").write_text(
+            yaml.safe_dump(tree(tmp_path / name, **overlay(SFT, {"checkpoint": {"every": 1}}), run=run))
+        )
+        command = [sys.executable, "-m", "megatron_mopd.train", str(tmp_path / f"{name}.yaml")]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        for kill_at in (3, 7) if name == "killed" else ():
+            process = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]
+            wanted = tmp_path / name / "checkpoints" / f"iter_{kill_at:07d}"
+            while not wanted.exists() and process.poll() is None:
+                time.sleep(0.005)
+            process.kill()
+            process.wait()
+            assert wanted.exists() and not (tmp_path / name / "result.json").exists()
+        subprocess.run(command, check=True, timeout=120, **quiet)  # type: ignore[call-overload]
+        ids.append(checkpoint.read_manifest(tmp_path / name / "checkpoints")["checkpoint_id"])
+        assert [row["step"] for row in read(tmp_path / name)] == list(range(1, 13))
+    assert ids[0] == ids[1]
