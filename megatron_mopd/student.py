@@ -36,6 +36,7 @@ _FREE = {
     "moe_z_loss_coeff",
     "bias_dropout_fusion",
     "masked_softmax_fusion",
+    "perform_initialization",
 }
 """Fields set here that an override may still change."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
