@@ -300,8 +300,9 @@ def edited(root, tmp_path, **changes):
             r"written by the model tiny ME\*.*exact\.model",
         ),
         ({"model": {"preset": "tiny", "pattern": None, "override": {"moe_router_topk": 1}}}, "moe_router_topk"),
+        ({"checkpoint_id": "0" * 64}, "says checkpoint_id 000000000000, the tensors beside it give"),
     ],
-    ids=["tokenizer", "template", "vocabulary", "no_tokenizer", "pattern", "override"],
+    ids=["tokenizer", "template", "vocabulary", "no_tokenizer", "pattern", "override", "exchanged"],
 )
 def test_a_teacher_that_reads_or_is_built_otherwise_is_refused(root, groups, tmp_path, changes, message):
     teachers = {"exact": {"checkpoint": edited(root, tmp_path, **changes), "domains": ["count"]}}
