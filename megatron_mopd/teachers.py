@@ -68,11 +68,6 @@ class TeacherPool:
         """Teachers in the order of the configuration, which is the order of their turns."""
         return tuple(self._models)
 
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """Every domain that has a teacher."""
-        return tuple(self._teacher_of)
-
     def route(self, domain: str) -> str:
         """The teacher of a domain; raises :class:`ConfigurationError` for a domain without one."""
         if domain not in self._teacher_of:

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from megatron_mopd import batch, checkpoint, evaluation, metrics, presets, provenance, student
@@ -40,12 +39,11 @@ class Trainer:
         self.tokenizer = build_tokenizer(config.tokenizer)
         self.vocab_size = _vocab_size(config, self.tokenizer)
         precision = presets.resolve_precision(config.run.precision, groups.device)
-        build = partial(student.build_model, config.model, config.parallel, groups, self.vocab_size, precision)
         self.held_out = load_prompts(
             config.data.held_out, self.tokenizer, config.model.max_sequence_length, need_verifier=True
         )
         self.teachers = TeacherPool(config, groups, self.tokenizer) if config.teachers else None
-        model = build(mtp=True)
+        model = student.build_model(config.model, config.parallel, groups, self.vocab_size, precision, mtp=True)
         self.initial_id: str | None = None
         if config.model.initial is not None:
             manifest = checkpoint.load_weights(config.model.initial, model, groups)
