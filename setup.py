@@ -34,9 +34,12 @@ BENCH = [
     "psutil>=5.9",
     "rich>=14.0",
     "transformers>=5.3",
+    "matplotlib>=3.10",
+    "liger-kernel>=0.8.5",
 ]
 
 DEV = [
+    "liger-kernel>=0.8.5",  # its torch forms are oracles in tests
     "setuptools>=77",  # `pip install --no-build-isolation -e .` builds with the locked one
     "pytest>=8.4",
     "hypothesis>=6.140",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -49,17 +50,19 @@ def assert_no_worse(ours: Tensor, plain: Tensor, truth: Tensor, slack: float, na
 
 
 class LargestTensor(TorchDispatchMode):
-    """Context that records the most elements any operator returned: proof that something is never materialised."""
+    """Context that records the most elements any operator returned (of ``dtype``, if given): proof that something is
+    never materialised."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.elements = 0
+        self.dtype = dtype
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and self.dtype in (None, value.dtype):
                 self.elements = max(self.elements, value.numel())
         return result
