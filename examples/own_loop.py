@@ -18,13 +18,13 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipeli
 
 from megatron_mopd import batch, parallel, provenance, student
 from megatron_mopd.config import Config, load_config
-from megatron_mopd.objectives.mopd import mopd_loss
+from megatron_mopd.objectives.mopd import mopd_objective
+from megatron_mopd.predictions import Predictions
 from megatron_mopd.prompts import PromptStream, load_prompts
 from megatron_mopd.records import Counts, MicroBatch, Policy, Sampling
 from megatron_mopd.rollout import Sampler
 from megatron_mopd.teachers import TeacherPool
 from megatron_mopd.tokenizer import build_tokenizer
-from mopd_kernels import linear_logprob
 
 
 def train(config: Config) -> list[float]:
@@ -33,7 +33,7 @@ def train(config: Config) -> list[float]:
     tokenizer = build_tokenizer(config.tokenizer)
     vocab = tokenizer.vocab_size
     model = student.build_model(config.model, config.parallel, groups, vocab, mtp=False)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     model = DistributedDataParallel(model.config, ddp_config, model, pg_collection=groups.pg)
     settings = OptimizerConfig(lr=config.optimizer.lr, weight_decay=0.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False, pg_collection=groups.pg)
@@ -70,16 +70,9 @@ def train(config: Config) -> list[float]:
             micro_batch = next(data)
             out = student.forward(ddp, micro_batch.tokens.to(groups.device))
             hidden = student.gather_hidden(out.hidden, groups, ddp.module.config)[micro_batch.rows.to(groups.device)]
-            # >>> MOPD: the loss of Eq. 3 in place of cross-entropy
-            logprobs = linear_logprob(
-                hidden,
-                out.output_weight,
-                micro_batch.targets.to(groups.device),
-                temperature=sampling.temperature,
-                group=groups.tp,
-                valid_vocab=vocab,
-            )
-            output = mopd_loss(logprobs, micro_batch, config.objective, counts)
+            # >>> MOPD: the loss of Eq. 3 in place of logits and cross-entropy, its gradient formed in the same pass
+            predictions = Predictions(hidden, out.output_weight, sampling.temperature, groups.tp, valid_vocab=vocab)
+            output = mopd_objective(predictions, micro_batch, config.objective, counts)
             # <<<
             return output.loss, lambda loss: (loss, torch.zeros((), dtype=torch.int), output.per_token["log_ratio"])
 

@@ -233,6 +233,18 @@ class Mtp(Section):
     apart from the trunk's by optimizer.clip_grad."""
 
 
+class Kernels(Section):
+    """Which forms of mopd_kernels run; loss and gradient are the same in all."""
+
+    impl: Literal["auto", "triton", "reference"] = "auto"
+    """auto: Triton on CUDA tensors that the kernels take, plain torch elsewhere; resolved once and said once."""
+    update: Literal["objective", "logprob", "logits"] = "objective"
+    """How MOPD meets the output layer. objective: loss, metrics and gradient in one pass over hidden states and output
+    weight, without logits in memory; logprob: log-probabilities without logits in memory, which are made again in
+    backward; logits: torch makes a micro-batch's logits in the model's precision (bf16 moves a log-probability by
+    hundredths of a nat), their gradient replaces them. Other objectives always take logprob."""
+
+
 class Optimizer(Section):
     lr: float = Field(default=2.0e-6, ge=0)
     warmup_steps: int = Field(default=10, ge=0)
@@ -299,6 +311,7 @@ class Config(Section):
     teachers: dict[str, Teacher] = {}
     objective: Objective = Mopd()
     mtp: Mtp = Mtp()
+    kernels: Kernels = Kernels()
     optimizer: Optimizer = Optimizer()
     batching: Batching = Batching()
     evaluation: Evaluation = Evaluation()

@@ -1,18 +1,12 @@
-"""Which tokens of a rollout count, as pure functions: the m_t of Eq. 3 and the drop of whole sequences.
+"""Which sequences of a rollout count, and which sequence a token belongs to, as pure functions.
 
-Masks are bool ``[T]``, true where a token stays. Objectives multiply by them and never decide themselves.
+Masks are bool ``[T]``, true where a token stays. The m_t of single tokens is :func:`mopd_kernels.surrogate`'s.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def icepop(importance: Tensor, low: float, high: float) -> Tensor:
-    """IcePop's m_t (Ring-1T, arXiv 2510.18855): ``low <= c_t <= high``, with ``importance`` = c_t ``[T]``; NaN is
-    out."""
-    return (importance >= low) & (importance <= high)
 
 
 def agreeing_sequences(log_importance: Tensor, cu_seqlens: Tensor, threshold: float) -> Tensor:

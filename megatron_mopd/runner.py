@@ -22,7 +22,7 @@ from megatron_mopd.config import Config, ConfigurationError, Section, build_conf
 from megatron_mopd.parallel import Groups
 from megatron_mopd.settings import explain, merge, overlay, read_yaml
 from megatron_mopd.train import leave, reported, run_stage
-from megatron_mopd.update import Objective
+from megatron_mopd.update import LogprobLoss
 
 
 class Stage(Section):
@@ -92,7 +92,7 @@ def run(recipe: Recipe, groups: Groups) -> None:
         run_unless_finished(config, groups, title=name)
 
 
-def run_unless_finished(config: Config, groups: Groups, title: str, objective: Objective | None = None) -> None:
+def run_unless_finished(config: Config, groups: Groups, title: str, objective: LogprobLoss | None = None) -> None:
     """Run a stage, go on with it if it was stopped, or keep it if it is finished; refuse a directory of other settings.
 
     The directory's ``stage.json`` says what it was started with, from its first moment.
@@ -119,7 +119,9 @@ def _fingerprint(config: Config) -> str:
 
     So specialists serve runs on any layout, and a student's report speaks of the layout that made it.
     """
-    tree = config.model_dump(mode="json", exclude={"run": {"dir"}, "teachers": True})
+    tree = config.model_dump(mode="json", exclude={"run": {"dir"}, "teachers": True, "kernels": True})
+    if config.objective.type == "mopd" and config.kernels.update == "logits":
+        tree["kernels"] = "logits"  # of rounded logits; all other forms give the same result
     tree["batching"].pop("micro_batch_size")
     if not config.teachers:
         tree.pop("parallel")

@@ -20,8 +20,10 @@ from megatron_mopd import batch as batches_of
 from megatron_mopd import checkpoint, masks, presets, provenance, student
 from megatron_mopd.config import Config, ConfigurationError, Model
 from megatron_mopd.parallel import Groups
+from megatron_mopd.predictions import Predictions, check_impl
 from megatron_mopd.records import MicroBatch, Rollout, ScoredRollout
-from mopd_kernels import linear_logprob, reverse_kl
+from mopd_kernels.dispatch import Impl
+from mopd_kernels.divergence import Head, divergence
 
 if TYPE_CHECKING:
     from megatron_mopd.tokenizer import ChatTokenizer
@@ -50,6 +52,7 @@ class TeacherPool:
         self.groups, self.pad_token = groups, tokenizer.pad_token
         self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
         self.temperature = config.rollout.temperature
+        self._impl: Impl = config.kernels.impl
         self._micro_batch_size = config.batching.micro_batch_size
         self._dispatcher = config.parallel.dispatcher
         self._teacher_of = {domain: name for name, teacher in config.teachers.items() for domain in teacher.domains}
@@ -124,8 +127,9 @@ class TeacherPool:
         model.eval()
         for name, teacher, micro_batches in self._visits(rollouts, turns):
             for mb in micro_batches:
-                ours, theirs = self._hidden(model, mb), self._hidden(teacher, mb)
-                kl = reverse_kl(*ours, *theirs, temperature=self.temperature, **self._vocabulary).double()
+                ours, theirs = self._predictions(model, mb), self._predictions(teacher, mb)
+                heads = (Head(p.hidden, p.weight) for p in (ours, theirs))
+                kl = divergence("reverse_kl", *heads, **ours.options).value.double()
                 of_row = torch.tensor([domains.index(d) if d else 0 for d in mb.domains])
                 column = of_row[masks.segments(mb.cu_seqlens, len(mb.targets))].to(kl.device)
                 sums[self.names.index(name)].index_add_(0, column, torch.stack([kl, torch.ones_like(kl)], dim=1))
@@ -155,20 +159,20 @@ class TeacherPool:
                 yield name, self._swap_in(name), micro_batches
 
     def _logprobs(self, model: Any, micro_batch: MicroBatch) -> Tensor:
-        hidden, weight = self._hidden(model, micro_batch)
-        targets = micro_batch.targets.to(hidden.device)
-        return linear_logprob(hidden, weight, targets, temperature=self.temperature, **self._vocabulary)
+        return self._predictions(model, micro_batch).logprobs(micro_batch.targets)
 
-    def _hidden(self, model: Any, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """``[T, H]`` of the rows that predict completion tokens, and the output weight ``[V/tp, H]``."""
+    def _predictions(self, model: Any, micro_batch: MicroBatch) -> Predictions:
         out = student.forward(model, micro_batch.tokens.to(self.groups.device))
         plain: Any = unwrap_model(model)
         hidden = student.gather_hidden(out.hidden, self.groups, plain.config)
-        return hidden[micro_batch.rows.to(hidden.device)], out.output_weight
-
-    @property
-    def _vocabulary(self) -> dict[str, Any]:
-        return {"group": self.groups.tp, "valid_vocab": self.vocab_size}
+        return Predictions(
+            hidden[micro_batch.rows.to(hidden.device)],
+            out.output_weight,
+            temperature=self.temperature,
+            group=self.groups.tp,
+            valid_vocab=self.vocab_size,
+            impl=self._impl,
+        )
 
     def _swap_in(self, name: str) -> Any:
         """The resident model of the teacher's architecture, holding its weights."""
@@ -186,6 +190,7 @@ class TeacherPool:
             model = student.build_model(
                 self._models[name], config.parallel, self.groups, self.vocab_size, precision, mtp=False
             )
+            check_impl(self._impl, model.get_parameter("output_layer.weight"), f"teachers.{name}")
             self._residents[key], self._present[key] = model.eval().requires_grad_(False), ""
         try:
             self.ids[name] = checkpoint.load_weights(path, self._residents[key], self.groups)["checkpoint_id"]

@@ -44,6 +44,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         source="importance", metric="token_mult_prob_error", form=lambda c: torch.maximum(c, 1 / c), by_domain=False
     ),
+    Quantity(source="entropy", metric="entropy"),
     Quantity(source="nll", metric="nll"),
     Quantity(source="length", metric="rollout/len"),
     Quantity(source="truncated", metric="rollout/truncated_frac"),

@@ -24,13 +24,13 @@ from megatron_mopd.parallel import Groups
 from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.teachers import ScoringError
 from megatron_mopd.trainer import Trainer
-from megatron_mopd.update import Objective
+from megatron_mopd.update import LogprobLoss
 
 PACKAGES = ("megatron-mopd", "megatron-core", "torch", "triton", "transformers", "reasoning-gym", "numpy")
 """Packages whose versions a result names."""
 
 
-def run_stage(config: Config, groups: Groups, objective: Objective | None = None, title: str | None = None) -> None:
+def run_stage(config: Config, groups: Groups, objective: LogprobLoss | None = None, title: str | None = None) -> None:
     """Train to the last step (from a checkpoint where there is one) and leave what reports read in the run's directory.
 
     ``before.json`` and ``result.json`` hold :meth:`Trainer.measure` before the first and after the last step, the

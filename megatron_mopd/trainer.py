@@ -12,7 +12,7 @@ from typing import Any
 from megatron_mopd import batch, checkpoint, evaluation, metrics, presets, provenance, student
 from megatron_mopd.config import Config, ConfigurationError, Mopd
 from megatron_mopd.objectives.cross_entropy import cross_entropy_loss
-from megatron_mopd.objectives.mopd import mopd_loss
+from megatron_mopd.objectives.mopd import mopd_loss, mopd_objective, mopd_of_logits
 from megatron_mopd.objectives.outcome import group_advantages
 from megatron_mopd.parallel import Groups
 from megatron_mopd.prompts import check_disjoint, load_prompts
@@ -21,7 +21,7 @@ from megatron_mopd.rollout import Sampler
 from megatron_mopd.sources import DatasetSource, RolloutSource
 from megatron_mopd.teachers import TeacherPool
 from megatron_mopd.tokenizer import ChatTokenizer, build_tokenizer
-from megatron_mopd.update import Learner, Objective, StepOutput
+from megatron_mopd.update import Learner, LogprobLoss, Objective, StepOutput, of_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +30,10 @@ class Trainer:
     """Builds a stage from its configuration and runs it; every rank makes one and calls it alike.
 
     ``objective`` replaces the configured one (a function of log-probabilities, micro-batch and counts); the default
-    follows ``config.objective``.
+    follows ``config.objective`` and ``config.kernels.update``.
     """
 
-    def __init__(self, config: Config, groups: Groups, objective: Objective | None = None) -> None:
+    def __init__(self, config: Config, groups: Groups, objective: LogprobLoss | None = None) -> None:
         self._elapsed, self._started = 0.0, time.perf_counter()
         self.config, self.groups = config, groups
         self.tokenizer = build_tokenizer(config.tokenizer)
@@ -63,7 +63,7 @@ class Trainer:
         if self.teachers is not None:
             self.teachers.require(item.domain for item in self.source.items if isinstance(item, Prompt))
             self.teachers.require(prompt.domain for prompt in self.held_out)
-        self.objective = objective or self._objective()
+        self.objective = self._objective() if objective is None else of_logprobs(objective)
         self.in_flight: deque[list[ScoredRollout | Rollout]] = deque()
         self.step_index = 0
         self.history: list[dict[str, Any]] = []  # greedy evaluations while training
@@ -148,9 +148,13 @@ class Trainer:
 
     def _objective(self) -> Objective:
         settings = self.config.objective
-        if isinstance(settings, Mopd):
-            return lambda logprobs, micro_batch, counts: mopd_loss(logprobs, micro_batch, settings, counts)
-        return lambda logprobs, micro_batch, counts: cross_entropy_loss(logprobs, micro_batch, settings, counts)
+        if not isinstance(settings, Mopd):
+            return of_logprobs(lambda logprobs, mb, counts: cross_entropy_loss(logprobs, mb, settings, counts))
+        return {
+            "objective": lambda predictions, mb, counts: mopd_objective(predictions, mb, settings, counts),
+            "logits": lambda predictions, mb, counts: mopd_of_logits(predictions, mb, settings, counts),
+            "logprob": of_logprobs(lambda logprobs, mb, counts: mopd_loss(logprobs, mb, settings, counts)),
+        }[self.config.kernels.update]
 
     def _measure(self, rollouts: Sequence[ScoredRollout | Rollout], outputs: Sequence[StepOutput]) -> dict[str, float]:
         return {

@@ -22,12 +22,20 @@ from megatron_mopd import student
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.objectives.mtp import mtp_cross_entropy
 from megatron_mopd.parallel import Groups
+from megatron_mopd.predictions import Predictions, check_impl
 from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
-from mopd_kernels import linear_logprob
 
 log = logging.getLogger(__name__)
 
-Objective = Callable[[Tensor, MicroBatch, Counts], ObjectiveOutput]
+Objective = Callable[[Predictions, MicroBatch, Counts], ObjectiveOutput]
+"""A share of the loss from hidden states and output weight, in whatever form suits it."""
+LogprobLoss = Callable[[Tensor, MicroBatch, Counts], ObjectiveOutput]
+"""The same from log-probabilities, fp32 ``[T]``, that carry the gradient."""
+
+
+def of_logprobs(loss: LogprobLoss) -> Objective:
+    """The objective that takes ``loss`` of log-probabilities made without logits in memory."""
+    return lambda predictions, micro_batch, counts: loss(predictions.logprobs(micro_batch.targets), micro_batch, counts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +58,7 @@ class Learner:
         self.train_mtp = config.mtp.train and student.has_mtp(model)
         if not self.train_mtp and student.has_mtp(model):
             model.mtp.requires_grad_(False)
+        check_impl(config.kernels.impl, model.output_layer.weight, "the student")
         self.model = _wrap(model, config, groups)
         self.model.broadcast_params()
         self.optimizer = _optimizer(self.model, config, groups)
@@ -65,7 +74,7 @@ class Learner:
 
     def logprobs(self, micro_batch: MicroBatch) -> Tensor:
         """fp32 [T]: log-probability of each completion token at the sampling temperature, under the current weights."""
-        return self._forward(micro_batch, mtp=False)[0]
+        return self._forward(micro_batch, mtp=False)[0].logprobs(micro_batch.targets)
 
     def with_prox(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The same micro-batches with ``prox_logprobs``: log pi_prox of Eq. 2, the policy before the updates."""
@@ -86,11 +95,13 @@ class Learner:
         """Forward, backward and optimizer step over this rank's micro-batches; every rank calls it together."""
         micro_batches = self._even(micro_batches)
         counts = self.counts(micro_batches)
+        # What mcore's schedule multiplies the loss by: 1, unless optimizer.options set a loss scale.
+        grad_scale = float(self.optimizer.get_loss_scale())
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = forward_backward_no_pipelining(
-            forward_step_func=lambda iterator, _: self._forward_step(next(iterator), objective, counts),
+            forward_step_func=lambda iterator, _: self._forward_step(next(iterator), objective, counts, grad_scale),
             data_iterator=iter(micro_batches),
             model=[self.model],
             num_microbatches=len(micro_batches),
@@ -129,38 +140,46 @@ class Learner:
                     " objective.advantage_clip"
                 )
 
-    def _forward(self, micro_batch: MicroBatch, mtp: bool) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    def _forward(
+        self, micro_batch: MicroBatch, mtp: bool, grad_scale: float = 1.0
+    ) -> tuple[Predictions, tuple[Tensor, ...]]:
+        """The predictions of the completion tokens, and each MTP depth's hidden states ``[s*b, H]`` on request."""
         device = self.groups.device
         out = student.forward(self.model, micro_batch.tokens.to(device), mtp=mtp)
-        hidden = student.gather_hidden(out.hidden, self.groups, self.module.config)
-        logprobs = linear_logprob(
+        hidden, *mtp_hidden = (
+            student.gather_hidden(h, self.groups, self.module.config) for h in (out.hidden, *out.mtp_hidden)
+        )
+        predictions = Predictions(
             hidden[micro_batch.rows.to(device)],
             out.output_weight,
-            micro_batch.targets.to(device),
             temperature=self.temperature,
             group=self.groups.tp,
             valid_vocab=self.vocab_size,
+            impl=self.config.kernels.impl,
+            grad_scale=grad_scale,
         )
-        mtp_hidden = tuple(student.gather_hidden(h, self.groups, self.module.config) for h in out.mtp_hidden)
-        return logprobs, mtp_hidden, out.output_weight
+        return predictions, tuple(mtp_hidden)
 
     @property
     def temperature(self) -> float:
         """Log-probabilities are taken at the temperature the tokens were sampled at; a dataset has none."""
         return self.config.rollout.temperature if self.config.source.type == "rollout" else 1.0
 
-    def _forward_step(self, micro_batch: MicroBatch, objective: Objective, counts: Counts) -> tuple[Tensor, Callable]:
-        logprobs, mtp_hidden, output_weight = self._forward(micro_batch, mtp=self.train_mtp)
-        output = objective(logprobs, micro_batch, counts)
+    def _forward_step(
+        self, micro_batch: MicroBatch, objective: Objective, counts: Counts, grad_scale: float
+    ) -> tuple[Tensor, Callable]:
+        predictions, mtp_hidden = self._forward(micro_batch, self.train_mtp, grad_scale)
+        output = objective(predictions, micro_batch, counts)
         loss, mtp_loss = output.loss, output.loss.new_zeros(())
         if mtp_hidden:
             mtp_loss = mtp_cross_entropy(
                 mtp_hidden,
-                output_weight.detach(),
+                predictions.weight.detach(),
                 micro_batch,
                 counts,
                 group=self.groups.tp,
                 valid_vocab=self.vocab_size,
+                impl=self.config.kernels.impl,
             ).loss
             loss = loss + self.config.mtp.weight * mtp_loss
         report = {"loss": output.loss.detach(), "mtp_loss": mtp_loss.detach(), "per_token": output.per_token}

@@ -8,11 +8,6 @@ import torch
 from megatron_mopd import masks
 
 
-def test_icepop_keeps_the_closed_interval():
-    importance = torch.tensor([0.19, 0.2, 1.0, 5.0, 5.1, float("inf"), float("nan")])
-    assert masks.icepop(importance, 0.2, 5.0).tolist() == [False, True, True, True, False, False, False]
-
-
 def test_segments_name_the_row_and_skip_empty_rows():
     assert masks.segments(torch.tensor([0, 2, 2, 5]), 5).tolist() == [0, 0, 2, 2, 2]
     assert masks.segments(torch.tensor([0, 0]), 0).tolist() == []

@@ -12,9 +12,10 @@ from megatron_mopd import batch as batching
 from megatron_mopd import objective_presets
 from megatron_mopd.config import CrossEntropy, Mopd
 from megatron_mopd.objectives.cross_entropy import cross_entropy_loss
-from megatron_mopd.objectives.mopd import mopd_loss
+from megatron_mopd.objectives.mopd import mopd_loss, mopd_objective, mopd_of_logits
 from megatron_mopd.objectives.mtp import mtp_cross_entropy
 from megatron_mopd.objectives.outcome import group_advantages
+from megatron_mopd.predictions import Predictions
 from megatron_mopd.records import Counts, MicroBatch, Prompt, Rollout
 from mopd_kernels import linear_logprob
 from mopd_kernels.testing import exact_logprob, shard
@@ -254,6 +255,57 @@ def test_cross_entropy_is_the_weighted_mean_over_global_tokens():
     assert torch.equal(output.per_token["nll"], -theta)
 
 
+# ---------------------------------------------------------------- from hidden states
+
+
+def vocabulary_problem(vocab=9, width=6):
+    generator = torch.Generator().manual_seed(3)
+    batch, _ = make_batch()
+    hidden = torch.randn(sum(LENGTHS), width, generator=generator)
+    weight = 0.3 * torch.randn(vocab, width, generator=generator)
+    targets = torch.randint(vocab, (sum(LENGTHS),), generator=generator)
+    theta = linear_logprob(hidden, weight, targets)
+    moved = {f: getattr(batch, f) - batch.prox_logprobs + theta for f in ("behav_logprobs", "teacher_logprobs")}
+    prox = theta + 0.3 * torch.randn(len(theta), generator=generator)
+    return dataclasses.replace(batch, targets=targets, prox_logprobs=prox, **moved), hidden, weight
+
+
+def of_logprobs(predictions, batch, settings, counts):
+    return mopd_loss(predictions.logprobs(batch.targets), batch, settings, counts)
+
+
+@pytest.mark.parametrize("form", [mopd_objective, mopd_of_logits])
+@pytest.mark.parametrize("prox", [True, False], ids=["two_forward", "one_forward"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_form_gives_loss_gradients_and_metrics_of_the_log_probabilities(name, prox, form):
+    settings, (batch, hidden, weight) = Mopd(**SETTINGS[name]), vocabulary_problem()
+    batch = batch if prox else dataclasses.replace(batch, prox_logprobs=None)
+    results = []
+    for run_form in (of_logprobs, form):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        # A head without padding at a temperature, whose loss a loop divides by 4 micro-batches.
+        output = run_form(Predictions(*leaves, temperature=0.9, grad_scale=0.25), batch, settings, COUNTS)
+        (output.loss / 4).backward()
+        results.append((output.loss.detach(), *(leaf.grad for leaf in leaves), output.per_token))
+    (*expected, metrics), (*got, per_token) = results
+    for value, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-7)
+    assert per_token.keys() == metrics.keys() | {"entropy"} and metrics["mask"].any()
+    for key, truth in metrics.items():
+        torch.testing.assert_close(per_token[key], truth, rtol=1e-5, atol=1e-6)
+    log_p = (hidden.double() @ weight.double().T / 0.9).log_softmax(-1)
+    torch.testing.assert_close(per_token["entropy"].double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [mopd_objective, mopd_of_logits])
+def test_every_form_of_an_empty_micro_batch_keeps_the_graph_alive(form):
+    hidden, weight = torch.zeros(0, 6, requires_grad=True), torch.ones(9, 6, requires_grad=True)
+    for settings in SETTINGS.values():
+        output = form(Predictions(hidden, weight), batching.empty(0), Mopd(**settings), COUNTS)
+        output.loss.backward()
+        assert output.loss.item() == 0.0 and not weight.grad.any()
+
+
 # ---------------------------------------------------------------- outcome
 
 
@@ -369,16 +421,8 @@ def test_mtp_of_an_empty_micro_batch_and_of_no_heads():
 # ---------------------------------------------------------------- several ranks
 
 
-def _vocabulary_problem(vocab=9, width=6):
-    generator = torch.Generator().manual_seed(3)
-    batch, _ = make_batch()
-    tokens = sum(LENGTHS)
-    batch = dataclasses.replace(batch, targets=torch.randint(vocab, (tokens,), generator=generator))
-    return batch, torch.randn(tokens, width, generator=generator), torch.randn(vocab, width, generator=generator)
-
-
 def _loss_on_a_rank(settings):
-    batch, hidden, weight = _vocabulary_problem()
+    batch, hidden, weight = vocabulary_problem()
     local = shard(weight, dist.get_rank(), dist.get_world_size())
     logprob = linear_logprob(hidden, local, batch.targets, group=dist.group.WORLD, valid_vocab=len(weight))
     output, gradient = run(logprob, batch, Mopd(**settings))
@@ -387,7 +431,7 @@ def _loss_on_a_rank(settings):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_loss_and_gradient_do_not_depend_on_tensor_parallelism(ranks, world):
-    batch, hidden, weight = _vocabulary_problem()
+    batch, hidden, weight = vocabulary_problem()
     output, gradient = run(linear_logprob(hidden, weight, batch.targets), batch, Mopd())
     assert gradient.any()
     for loss, other in ranks(world, _loss_on_a_rank, {}):

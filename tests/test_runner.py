@@ -85,6 +85,10 @@ def test_a_recipe_runs_once_and_ends_in_a_report(groups: Groups, tmp_path: Path)
     assert stamps(recipe.dir) == first
     run(path, groups, "batching.micro_batch_size=4")  # how it is cut does not count
     assert stamps(recipe.dir) == first
+    run(path, groups, "kernels.impl=reference", "kernels.update=logprob")  # nor by which kernels
+    assert stamps(recipe.dir) == first
+    with pytest.raises(ConfigurationError, match=r"stage 'merge'.*other settings"):
+        run(path, groups, "kernels.update=logits")  # rounded, and for the one objective that takes it
     with pytest.raises(ConfigurationError, match=r"stage 'merge'.*other settings"):
         run(path, groups, "parallel.dispatcher=allgather")  # experts serve any layout, a student's report names its own
     assert stamps(recipe.dir) == first

@@ -17,14 +17,16 @@ import yaml
 from megatron_mopd import batch, checkpoint, parallel, student
 from megatron_mopd.config import Config, ConfigurationError, Parallel, build_config
 from megatron_mopd.metrics import read, untimed
-from megatron_mopd.objectives.mopd import mopd_loss
+from megatron_mopd.objectives import mopd as objectives_mopd
+from megatron_mopd.objectives.mopd import mopd_loss, mopd_objective
 from megatron_mopd.parallel import Groups
+from megatron_mopd.predictions import Predictions
 from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.records import Counts, MicroBatch, Policy, Prompt, Provenance, Rollout, Sampling, ScoredRollout
 from megatron_mopd.settings import overlay
 from megatron_mopd.train import run_stage
 from megatron_mopd.trainer import Trainer
-from megatron_mopd.update import Learner
+from megatron_mopd.update import Learner, of_logprobs
 
 VOCAB = 101
 
@@ -201,16 +203,19 @@ def scored(count: int) -> list[ScoredRollout]:
     return result
 
 
+PLAIN_DESCENT = {
+    "lr": 1.0,
+    "clip_grad": 1e9,
+    "distributed": False,
+    "options": {"optimizer": "sgd", "sgd_momentum": 0.0},
+}
+
+
 def one_update(root: Path, mopd: dict[str, Any], layout: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
     """One plain gradient step of size 1 on the global batch; the weights that come out are left in a checkpoint."""
     settings = {
         "parallel": layout,
-        "optimizer": {
-            "lr": 1.0,
-            "clip_grad": 1e9,
-            "distributed": False,
-            "options": {"optimizer": "sgd", "sgd_momentum": 0.0},
-        },
+        "optimizer": PLAIN_DESCENT,
         "objective": {"type": "mopd", "domain_weights": {"loud": 0.5}, "importance_low": 0.05, "importance_high": 20.0},
     }
     config = build_config(tree(root, **overlay(mopd, settings)))
@@ -221,18 +226,20 @@ def one_update(root: Path, mopd: dict[str, Any], layout: dict[str, Any], micro_b
     packed = batch.pack(
         share, micro_batch_size, 0, domain_weights=config.objective.domain_weights, length_multiple=groups.tp_size
     )
-    d_logprobs: list[torch.Tensor] = []
+    d_hidden: list[torch.Tensor] = []
 
-    def objective(logprobs: torch.Tensor, micro_batch: MicroBatch, counts: Counts) -> Any:
-        logprobs.register_hook(lambda grad: d_logprobs.append(grad.clone()))
-        return mopd_loss(logprobs, micro_batch, config.objective, counts)  # type: ignore[arg-type]
+    def objective(predictions: Predictions, micro_batch: MicroBatch, counts: Counts) -> Any:
+        predictions.hidden.register_hook(lambda grad: d_hidden.append(grad.clone()))
+        return mopd_objective(predictions, micro_batch, config.objective, counts)  # type: ignore[arg-type]
 
     out = learner.step(packed, objective)
+    for partial in d_hidden:
+        torch.distributed.all_reduce(partial, group=groups.tp)
     label = f"{'-'.join(f'{k}{v}' for k, v in layout.items())}{groups.world_size}{micro_batch_size}"
     target = root / "invariance" / label
     checkpoint.save(target, 1, learner.model, None, groups, state={}, manifest={"vocab_size": VOCAB})
     lengths = [len(s.rollout.completion) for s in share]
-    by_prompt = dict(zip((s.rollout.prompt.id for s in share), torch.cat(d_logprobs).split(lengths), strict=True))
+    by_prompt = dict(zip((s.rollout.prompt.id for s in share), torch.cat(d_hidden).split(lengths), strict=True))
     return {"loss": (out.loss, out.mtp_loss), "norm": (out.grad_norm, out.mtp_grad_norm), "d": by_prompt, "at": target}
 
 
@@ -274,6 +281,58 @@ def test_loss_and_gradients_do_not_depend_on_how_a_batch_is_split(ranks: Any, sc
         for name, change in reference.items():
             error = (other[name] - change).norm() / change.norm().clamp(min=1e-12)
             assert error < 1e-4 or (other[name] - change).abs().max() < 1e-6, f"{split} {name}: {error:.1e}"
+
+
+def step_by(root: Path, mopd: dict[str, Any], layout: dict[str, Any], kernels: dict[str, str]) -> tuple[Any, Any]:
+    """One whole step of sampling, scoring and updating: its metrics and the weights after it."""
+    changes = {"parallel": layout, "kernels": kernels, "optimizer": PLAIN_DESCENT}
+    config = build_config(tree(root, **overlay(mopd, changes)))
+    trainer = Trainer(config, parallel.initialize(config.parallel, 7))
+    return untimed(trainer.step()), weights(trainer)
+
+
+@pytest.mark.parametrize(("world", "layout"), [(1, {}), (2, {"tensor": 2})], ids=["one", "tp2"])
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        {"impl": "triton"},
+        {"impl": "reference", "update": "logprob"},
+        {"impl": "reference", "update": "logits"},
+        {"impl": "triton", "update": "logits"},
+    ],
+    ids=lambda k: "_".join(k.values()),
+)
+def test_a_whole_step_is_the_same_by_every_kernel(
+    ranks: Any, school: Any, world: int, layout: dict[str, Any], kernels: dict[str, str]
+) -> None:
+    """Triton in its interpreter: scoring, objective and MTP heads' cross-entropy; the plain form is the truth."""
+    expected = ranks(world, step_by, *school, layout, {"impl": "reference"})
+    for (row, after), (truth, wanted) in zip(ranks(world, step_by, *school, layout, kernels), expected, strict=True):
+        gone = {"entropy", "entropy/plain", "entropy/loud"} if kernels.get("update") == "logprob" else set()
+        assert truth.keys() - row.keys() == gone and truth["entropy/loud"] > 0 and truth["grad_norm"] > 0
+        for name, value in row.items():
+            assert value == pytest.approx(truth[name], rel=1e-4, abs=1e-5), name
+        for name, value in wanted.items():
+            torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("update", "operator"),
+    [("objective", "linear_objective"), ("logits", "logit_objective"), ("logprob", "surrogate")],
+)
+def test_the_configured_form_is_the_one_that_runs(
+    school: Any, groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str, operator: str
+) -> None:
+    _, mopd = school
+    trainer = Trainer(build_config(tree(tmp_path / "run", **overlay(mopd, {"kernels": {"update": update}}))), groups)
+    ran = []
+    for name in ("linear_objective", "logit_objective", "surrogate"):
+        plain = getattr(objectives_mopd, name)
+        monkeypatch.setattr(
+            objectives_mopd, name, lambda *a, name=name, plain=plain, **k: ran.append(name) or plain(*a, **k)
+        )
+    trainer.step()
+    assert set(ran) == {operator}
 
 
 def test_a_rollout_of_another_run_stops_the_step_before_the_update(school: Any, groups: Any, tmp_path: Path) -> None:
@@ -356,7 +415,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(school: Any, groups: Any, t
         output = mopd_loss(logprobs, micro_batch, trainer.config.objective, counts)  # type: ignore[arg-type]
         return replace(output, loss=output.loss * float("nan"))
 
-    trainer.objective = poisoned
+    trainer.objective = of_logprobs(poisoned)
     with pytest.raises(FloatingPointError, match=r"gradient norm.*nan.*checkpoint are good"):
         trainer.run()
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None

@@ -29,7 +29,7 @@ from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
 from megatron_mopd.runner import Recipe, Stage, load_recipe, run_unless_finished, stage_config
 from megatron_mopd.settings import overlay
 from megatron_mopd.train import reported
-from megatron_mopd.update import Objective
+from megatron_mopd.update import LogprobLoss
 
 TRUE_FALL = 0.10
 """Reverse KL to a domain's true specialist may fall, when another teaches, by at most this share of the demo's fall."""
@@ -37,7 +37,7 @@ RECOVERY = 0.10
 """Highest recovery of a run that cannot learn."""
 
 
-def shuffled(config: Config) -> Objective:
+def shuffled(config: Config) -> LogprobLoss:
     """Eq. 3 with each token's advantage taken from another token of its micro-batch; ratios and masks stay its own."""
     generator = torch.Generator().manual_seed(config.run.seed)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
 from mopd_kernels import linear_logprob
+from mopd_kernels.dispatch import Impl
 
 
 def mtp_cross_entropy(
@@ -25,6 +26,7 @@ def mtp_cross_entropy(
     *,
     group: dist.ProcessGroup | None = None,
     valid_vocab: int | None = None,
+    impl: Impl = "auto",
 ) -> ObjectiveOutput:
     """This micro-batch's share of the mean cross-entropy over depths, before the scale ``mtp.weight``.
 
@@ -42,7 +44,12 @@ def mtp_cross_entropy(
     for depth, hidden in enumerate(mtp_hidden):
         source = rows - (1 + depth) * width  # hidden states are laid out position by position, `width` rows each
         logprob = linear_logprob(
-            hidden[source.clamp(min=0)], output_weight.detach(), targets, group=group, valid_vocab=valid_vocab
+            hidden[source.clamp(min=0)],
+            output_weight.detach(),
+            targets,
+            group=group,
+            valid_vocab=valid_vocab,
+            impl=impl,
         )
         nll = -logprob.where(source >= 0, 0.0)
         loss = loss + nll.sum() / max(1, counts.tokens)
