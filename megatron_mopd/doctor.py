@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -152,6 +152,33 @@ def _device() -> Iterator[Row]:
     yield Row("precision", precision, "ok", f"run.precision auto on this device: {why}")
 
 
+def _kernels() -> Iterator[Row]:
+    """What ``kernels.impl`` auto resolves to here, asked of a bf16 hidden state and weight of usual width."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("triton") is None:
+        return  # already reported among the requirements
+    import torch
+
+    from mopd_kernels.dispatch import interpreting, resolve, unsupported_reason
+
+    cuda, triton = torch.cuda.is_available(), f"Triton {_version('triton')}"
+    sample = torch.empty(1, 64, dtype=torch.bfloat16, device="cuda" if cuda else "cpu")
+    chosen = resolve("doctor", "auto", sample, sample)
+    status: Status = "ok"
+    if chosen == "triton" and interpreting():
+        status, reason = "warning", f"{triton}, but in its interpreter, for TRITON_INTERPRET is set; unset it"
+    elif chosen == "triton":
+        reason = f"{triton} on CUDA; rows must be multiples of 16 bytes, else plain torch runs and the log says so"
+    elif cuda:
+        status, reason = "warning", f"{triton} cannot take tensors here: {unsupported_reason(sample, sample)}"
+    elif interpreting():
+        reason = f"plain torch, as there is no CUDA; impl triton runs in {triton}'s interpreter, for tests"
+    else:
+        reason = (
+            f"plain torch, as there is no CUDA; impl triton ({triton}) would need it, or TRITON_INTERPRET=1 for tests"
+        )
+    yield Row("log-ratio kernels", chosen, status, f"kernels.impl auto: {reason}")
+
+
 def _cores() -> set[int]:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return affinity(0) if affinity else set(range(os.cpu_count() or 1))
@@ -219,6 +246,7 @@ PROBES: tuple[Callable[[], Iterator[Row]], ...] = (
     _requirements,
     _apex,
     _device,
+    _kernels,
     _memory,
     _trackers,
     _stand_ins,
@@ -226,8 +254,18 @@ PROBES: tuple[Callable[[], Iterator[Row]], ...] = (
 """Each yields rows of one subject; a new subject is one more function here."""
 
 
-def main() -> int:
-    """Print the table; 1 when something required is missing, else 0."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Print the table, or with arguments the memory plan they ask for.
+
+    Returns 1 when something required is missing, or when the plan cannot be or does not fit, else 0.
+    """
+    if arguments:
+        try:
+            from megatron_mopd.memory import report  # imports third-party packages, which the table must not need
+        except ImportError as error:
+            sys.stderr.write(f"the memory plan does not import ({error}); run: pip install -e '.[train]'\n")
+            return 1
+        return report.main(arguments)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of what the device row says
     rows = probe()
     missing = [row.name for row in rows if row.status == "missing"]
@@ -261,4 +299,4 @@ def _print_table(rows: list[Row], verdict: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -48,6 +48,36 @@ def test_resolutions_are_those_of_a_run(here: dict[str, Row]) -> None:
     assert here["backend"].value == ("nccl" if cuda else "gloo")
 
 
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_log_ratio_kernels_are_those_that_auto_resolves_to(monkeypatch: pytest.MonkeyPatch, interpreted: bool) -> None:
+    monkeypatch.setattr("mopd_kernels.dispatch.interpreting", lambda: interpreted)
+    (row,) = doctor._kernels()
+    assert importlib.metadata.version("triton") in row.reason and "kernels.impl auto" in row.reason
+    if not torch.cuda.is_available():
+        assert (row.value, row.status) == ("reference", "ok") and "no CUDA" in row.reason
+        assert ("TRITON_INTERPRET=1" in row.reason) is not interpreted
+    else:
+        assert (row.value, row.status) == ("triton", "warning" if interpreted else "ok")
+
+
+def test_kernels_that_cannot_run_on_a_device_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device, **options: empty(*shape, **options))
+    monkeypatch.setattr("mopd_kernels.dispatch.interpreting", lambda: False)
+    (row,) = doctor._kernels()
+    assert (row.value, row.status) == ("reference", "warning") and "tensors on cpu" in row.reason
+
+
+def test_a_plan_without_its_packages_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "megatron_mopd.memory.report", None)
+    monkeypatch.delattr("megatron_mopd.memory.report", raising=False)
+    assert doctor.main(["--preset", "tiny", "--world", "1"]) == 1
+    assert "pip install -e '.[train]'" in capsys.readouterr().err
+
+
 def test_stand_ins_are_listed_with_their_reasons(here: dict[str, Row]) -> None:
     from megatron_mopd import host, local_spec
 
