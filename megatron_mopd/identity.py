@@ -2,7 +2,8 @@
 
 sha256 over the lines ``name dtype shape sha256`` of its tensors, sorted by Hugging Face name; a tensor's sha256 is over
 its bytes, row-major and little-endian. Experts count one by one, QKV as q, k and v, Mamba projections whole, padding
-rows of the vocabulary not at all, MTP with the rest. Needs no model: tensors are read one after another.
+rows of the vocabulary not at all, MTP with the rest; an output weight that equals the embedding is tied and counts
+once, stored or not. Needs no model: tensors are read one after another.
 """
 
 from __future__ import annotations
@@ -37,7 +38,20 @@ def digest(name: str, tensor: Tensor) -> Digest:
 
 def combine(digests: Iterable[Digest]) -> str:
     """The checkpoint_id (sha256 hex) of all its tensors' lines, in any order."""
-    lines = (f"{d.name} {d.dtype} {'x'.join(map(str, d.shape))} {d.sha256}\n" for d in sorted(digests))
+    found = {d.name: d for d in digests}
+    head, embedding = found.get("lm_head.weight"), found.get("backbone.embeddings.weight")
+    if (
+        head
+        and embedding
+        and (head.dtype, head.shape, head.sha256)
+        == (
+            embedding.dtype,
+            embedding.shape,
+            embedding.sha256,
+        )
+    ):
+        del found["lm_head.weight"]
+    lines = (f"{d.name} {d.dtype} {'x'.join(map(str, d.shape))} {d.sha256}\n" for d in sorted(found.values()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

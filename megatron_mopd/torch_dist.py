@@ -47,6 +47,7 @@ class Index:
 
     path: Path
     tensors: Mapping[str, Stored]
+    objects: tuple[str, ...] = ()  # names of what is no tensor, such as transformer-engine's state; never read
 
 
 def open_index(path: Path) -> Index:
@@ -65,12 +66,13 @@ def open_index(path: Path) -> Index:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, _TensorStorageMetadata)
         }
+        objects = tuple(name for name in metadata.state_dict_metadata if name not in tensors)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{path / '.metadata'}: damaged, or written by an unknown version: {error!r}"
         ) from None
     _check_files(path, tensors)
-    return Index(path, tensors)
+    return Index(path, tensors, objects)
 
 
 def read(index: Index, name: str) -> Tensor:
@@ -90,13 +92,14 @@ def read_into(index: Index, name: str, target: Tensor, offset: Sequence[int]) ->
         axes = zip(offset, target.shape, chunk.offset, chunk.shape, strict=True)
         common = [(max(a, b), min(a + n, b + m)) for a, n, b, m in axes]
         if all(begin < end for begin, end in common):
-            source = _load(index, name, chunk)
+            source = load_chunk(index, name, chunk)
             into = tuple(slice(begin - a, end - a) for (begin, end), a in zip(common, offset, strict=True))
             out_of = tuple(slice(begin - b, end - b) for (begin, end), b in zip(common, chunk.offset, strict=True))
             target[into].copy_(source[out_of])
 
 
-def _load(index: Index, name: str, chunk: Chunk) -> Tensor:
+def load_chunk(index: Index, name: str, chunk: Chunk) -> Tensor:
+    """One chunk as a tensor on the host; raises :class:`ConfigurationError` when its bytes are not what they must."""
     where = f"{index.path / chunk.file}: {name}"
     with open(index.path / chunk.file, "rb") as file:
         file.seek(chunk.start)
@@ -143,6 +146,61 @@ def _check_files(path: Path, tensors: Mapping[str, Stored]) -> None:
             raise ConfigurationError(f"{file}: missing; the checkpoint is incomplete, copy it again")
         if (found := file.stat().st_size) < size:
             raise ConfigurationError(f"{file}: truncated, {found} bytes of {size}; copy the checkpoint again")
+
+
+# --------------------------------------------------------------------------- a chunk's own pickle
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a chunk saved by ``torch.save`` keeps its tensor: in which record of its archive, and how strided."""
+
+    key: str
+    dtype: torch.dtype
+    offset: int  # elements
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def read_record(content: bytes, where: str) -> Record:
+    """Read a chunk's ``data.pkl`` onto inert values; raises :class:`ConfigurationError` for any other pickle."""
+    try:
+        (_, storage, key, *_), offset, shape, stride, *_ = _TensorUnpickler(io.BytesIO(content)).load()
+        return Record(str(key), _STORAGES[storage], int(offset), _ints(shape), _ints(stride))
+    except _Refused as refused:
+        raise ConfigurationError(
+            f"{where}: refused, its pickle uses {refused}; take the checkpoint from its source again"
+        ) from None
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise ConfigurationError(f"{where}: damaged: {error!r}; copy the checkpoint again") from None
+
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _keep
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise _Refused(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
 
 
 # --------------------------------------------------------------------------- the metadata pickle
