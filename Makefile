@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 DEMO_CONFIG ?= examples/demo.yaml
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-slow controls demo bench lock clean
+.PHONY: help install lint test test-slow controls demo bench bench-kernels lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## .venv with the locked packages and this one; does nothing when that is done
 
@@ -49,6 +50,9 @@ demo: $(STAMP) ## three specialists merged into one student on 2 CPU cores; DEMO
 
 bench: $(STAMP) ## one MOPD step against the same step on Hugging Face NemotronH, as ratios
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_step.py
+
+bench-kernels: $(STAMP) ## the kernels against their peers on a GPU; BENCH_ARGS="--device cpu" for ratios without one
+	$(BIN)/python tools/bench_kernels.py $(BENCH_ARGS)
 
 # No index address, host or path may get into the lock, so this machine's pip settings are left out.
 lock: ## solve requirements.lock; versions that still fit are kept, LOCK_ARGS=--upgrade moves all
