@@ -21,7 +21,9 @@ def show(rows: Sequence[Row]) -> None:
     """Prints a table with a line for each peer of each row."""
     first = rows[0]
     machine = first["gpu"] or f"{first['cpu']}, {first['threads']} threads"
-    table = Table(title=f"{machine}, torch {first['versions']['torch']}; ratio: the peer's median over ours")
+    table = Table(
+        title=f"{machine}, torch {first['versions']['torch']}; ratio: the peer over ours, median of the rounds"
+    )
     for column in ("case", "shape", "who", "ms", "ratio", "workspace MiB", "error"):
         table.add_column(column, justify="left" if column in ("case", "shape", "who") else "right", no_wrap=True)
     for row in rows:
