@@ -94,16 +94,16 @@ def publish(root: Path, step: int, keep: int) -> Path:
     """Give the whole checkpoint in :func:`partial` its name, point at it, then drop all but the newest ``keep``."""
     source, target = partial(root, step), root / _name(step)
     for file in source.iterdir():
-        _sync(file)
-    _sync(source)
+        sync(file)
+    sync(source)
     replaced = _hidden(root, _name(step), "replaced")
     if target.exists():
         target.rename(replaced)
     source.rename(target)
-    _sync(root)
+    sync(root)
     write(root / f".{POINTER}", str(step).encode())
     (root / f".{POINTER}").replace(root / POINTER)
-    _sync(root)
+    sync(root)
     if replaced.exists():
         shutil.rmtree(replaced)
     # Steps above this one belong to a future that was abandoned; they are not ours to count.
@@ -122,7 +122,8 @@ def write(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the disk has a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,7 +21,7 @@ from mopd_kernels import (
     unsupported_reason,
 )
 from mopd_kernels.dispatch import resolve
-from mopd_kernels.testing import LargestTensor, assert_no_worse, exact_log_softmax, exact_logprob, shard
+from mopd_kernels.testing import LargestTensor, assert_no_worse, exact_log_softmax, exact_logprob, shard, tokens_around
 
 IMPLS = ("reference", "triton")
 
@@ -33,22 +33,6 @@ def problem(tokens, width, vocab, dtype=torch.float32, seed=0):
     weight = (2 * torch.randn(vocab, width, generator=generator) / math.sqrt(width)).to(dtype)
     targets = torch.randint(0, vocab, (tokens,), generator=generator)
     return hidden, weight, targets, torch.randn(tokens, generator=generator)
-
-
-def make_tokens(logprob, targets, teachers=1, seed=0, **changes):
-    """What is known of the rows, around their true log-probabilities: c_t beyond its bounds, both signs of A."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    base, rows = logprob.float().detach(), len(targets)
-    fields = {
-        "targets": targets,
-        "behaviour": base + 0.9 * draw(rows),
-        "teachers": base + draw(teachers, rows),
-        "weight": draw(rows).abs() / max(1, rows),
-        "teacher_weights": draw(teachers, rows).softmax(0) if teachers > 1 else None,
-        "prox": base + 0.2 * draw(rows),
-    }
-    return Tokens(**(fields | changes))
 
 
 def gradients(function, hidden, weight, upstream=None):
@@ -124,7 +108,7 @@ SETTINGS = {
 def test_objective_metrics_and_gradients_match_fp64(impl, name):
     changes, factors = SETTINGS[name]
     hidden, weight, targets, _ = problem(37, 24, 300)
-    tokens = make_tokens(exact_logprob(hidden, weight, targets, 0.8), targets, **changes)
+    tokens = tokens_around(exact_logprob(hidden, weight, targets, 0.8), targets, **changes)
     settings = Surrogate(**factors)
     results = {}
 
@@ -179,7 +163,7 @@ def test_padded_columns_are_never_read(impl):
 
 def test_only_the_asked_gradients_are_made():
     hidden, weight, targets, upstream = problem(7, 8, 12)
-    tokens = make_tokens(exact_logprob(hidden, weight, targets), targets)
+    tokens = tokens_around(exact_logprob(hidden, weight, targets), targets)
     hidden.requires_grad_()
     linear_logprob(hidden, weight, targets).backward(upstream)
     linear_objective(hidden, weight, tokens).loss.backward()
@@ -188,7 +172,7 @@ def test_only_the_asked_gradients_are_made():
 
 def test_logits_never_exist_whole(monkeypatch):
     hidden, weight, targets, upstream = problem(64, 4, 256)
-    tokens = make_tokens(exact_logprob(hidden, weight, targets), targets)
+    tokens = tokens_around(exact_logprob(hidden, weight, targets), targets)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 8 * 256)
     with LargestTensor() as largest:
         gradients(lambda h, w: linear_logprob(h, w, targets), hidden, weight, upstream)
@@ -199,7 +183,7 @@ def test_logits_never_exist_whole(monkeypatch):
 
 def test_chunks_change_nothing(monkeypatch):
     hidden, weight, targets, _ = problem(64, 8, 256)
-    tokens = make_tokens(exact_logprob(hidden, weight, targets), targets)
+    tokens = tokens_around(exact_logprob(hidden, weight, targets), targets)
     run = lambda h, w: linear_objective(h, w, tokens).loss  # noqa: E731
     whole = gradients(run, hidden, weight)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 5 * 256)
@@ -211,7 +195,7 @@ def test_chunks_change_nothing(monkeypatch):
 def test_no_tokens_still_reach_the_leaves(impl):
     hidden, weight, targets, _ = problem(0, 8, 12)
     hidden.requires_grad_(), weight.requires_grad_()
-    tokens = make_tokens(torch.empty(0), targets)
+    tokens = tokens_around(torch.empty(0), targets)
     assert linear_statistics(hidden, weight, targets, impl=impl).entropy.shape == (0,)
     (
         linear_logprob(hidden, weight, targets, impl=impl).sum() + linear_objective(hidden, weight, tokens).loss
@@ -278,8 +262,8 @@ def test_misfitting_token_fields_are_refused(change, message):
 
 def test_a_masked_row_may_hold_any_token():
     hidden, weight, targets, _ = problem(4, 8, 12)
-    tokens = make_tokens(exact_logprob(hidden, weight, targets), targets)
-    masked = make_tokens(
+    tokens = tokens_around(exact_logprob(hidden, weight, targets), targets)
+    masked = tokens_around(
         exact_logprob(hidden, weight, targets),
         torch.cat([targets[:3], torch.tensor([-100])]),
         keep=torch.tensor([True, True, True, False]),
@@ -287,7 +271,7 @@ def test_a_masked_row_may_hold_any_token():
     loss = linear_objective(hidden, weight, masked).loss
     torch.testing.assert_close(loss, linear_objective(hidden, weight, tokens).per_token["loss"][:3].sum())
     with pytest.raises(ValueError, match=r"targets\[3\] = -100"):
-        linear_objective(hidden, weight, make_tokens(tokens.behaviour, masked.targets))
+        linear_objective(hidden, weight, tokens_around(tokens.behaviour, masked.targets))
 
 
 def test_what_triton_does_not_take_has_a_reason():
@@ -329,7 +313,7 @@ def test_a_clipped_token_has_no_gradient_however_large_its_ratio(impl):
     hidden, weight, targets, _ = problem(9, 8, 20)
     base = exact_logprob(hidden, weight, targets).float()
     far = torch.where(torch.arange(9) == 2, -200.0, base)
-    tokens = make_tokens(base, targets, prox=far, behaviour=far)
+    tokens = tokens_around(base, targets, prox=far, behaviour=far)
     results = {}
 
     def run(h, w):
@@ -344,7 +328,7 @@ def test_a_clipped_token_has_no_gradient_however_large_its_ratio(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_rounds_nothing(impl):
     hidden, weight, targets, _ = problem(9, 8, 20)
-    tokens = make_tokens(exact_logprob(hidden, weight, targets), targets)
+    tokens = tokens_around(exact_logprob(hidden, weight, targets), targets)
 
     def run(h, w, enabled):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -360,7 +344,7 @@ def test_a_stopped_row_takes_no_part_whatever_is_in_it(impl):
     """A gate or an upstream gradient of zero stops a row whose hidden state is NaN, as it stops any other."""
     hidden, weight, targets, upstream = problem(9, 8, 20)
     gate = torch.arange(9) != 3
-    tokens = make_tokens(exact_logprob(hidden, weight, targets), targets, gate=gate)
+    tokens = tokens_around(exact_logprob(hidden, weight, targets), targets, gate=gate)
     upstream = upstream.where(gate, 0.0)
     broken = hidden.clone()
     broken[3] = math.nan
@@ -377,7 +361,7 @@ def test_a_stopped_row_takes_no_part_whatever_is_in_it(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiled_code_may_call_the_operators(impl):
     hidden, weight, targets, _ = problem(9, 8, 20)
-    tokens = make_tokens(exact_logprob(hidden, weight, targets), targets)
+    tokens = tokens_around(exact_logprob(hidden, weight, targets), targets)
 
     def run(h, w):
         straight = linear_objective(2 * h, w, tokens, impl=impl).loss + linear_logprob(h, w, targets, impl=impl).sum()
@@ -394,7 +378,7 @@ def test_compiled_code_may_call_the_operators(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_inference_mode_gives_the_same_values(impl):
     hidden, weight, targets, _ = problem(9, 8, 20)
-    tokens = make_tokens(exact_logprob(hidden, weight, targets), targets)
+    tokens = tokens_around(exact_logprob(hidden, weight, targets), targets)
     runs = (
         lambda: linear_objective(hidden, weight, tokens, impl=impl),
         lambda: logit_objective(hidden @ weight.T, tokens, impl=impl),
@@ -433,7 +417,7 @@ def parameter(weight, *, hook=True, **attributes):
 def objective_of(hidden, weight, **options):
     with torch.no_grad():
         base = linear_statistics(hidden.detach(), weight, options["targets"]).logprob
-    return linear_objective(hidden, weight, make_tokens(base, options.pop("targets")), **options).loss
+    return linear_objective(hidden, weight, tokens_around(base, options.pop("targets")), **options).loss
 
 
 CASES = {
@@ -562,7 +546,7 @@ def test_a_main_grad_in_low_precision_is_refused():
 def _on_a_rank(vocab, impl):
     """Values and gradients of this rank's shard, the hidden state's summed over ranks as the plugin does."""
     hidden, weight, targets, upstream = problem(13, 12, vocab)
-    tokens = make_tokens(exact_logprob(hidden, weight, targets, 0.7), targets, teachers=2)
+    tokens = tokens_around(exact_logprob(hidden, weight, targets, 0.7), targets, teachers=2)
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     local = shard(weight, rank, size)
     chunk, reference.CHUNK_ELEMENTS = (

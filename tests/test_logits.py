@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from mopd_kernels import METRICS, Surrogate, Tokens, reference, surrogate
 from mopd_kernels.logits import logit_objective, logit_statistics
-from mopd_kernels.testing import LargestTensor, assert_no_worse
+from mopd_kernels.testing import LargestTensor, assert_no_worse, tokens_around
 
 IMPLS = ("reference", "triton")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,22 +50,6 @@ def exact_statistics(logits, targets, temperature=1.0):
     log_p = z.log_softmax(-1)
     entropy = -(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1)
     return log_p.gather(1, targets[:, None])[:, 0], entropy, z.logsumexp(-1)
-
-
-def make_tokens(logprob, targets, teachers=1, seed=0, **changes):
-    """What is known of the rows, around their true log-probabilities: c_t beyond its bounds, both signs of A."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    base, rows = logprob.float().detach(), len(targets)
-    fields = {
-        "targets": targets,
-        "behaviour": base + 0.9 * draw(rows),
-        "teachers": base + draw(teachers, rows),
-        "weight": draw(rows).abs() / max(1, rows),
-        "teacher_weights": draw(teachers, rows).softmax(0) if teachers > 1 else None,
-        "prox": base + 0.2 * draw(rows),
-    }
-    return Tokens(**(fields | changes))
 
 
 def exact_objective(logits, tokens, factors, temperature=1.0):
@@ -155,7 +139,7 @@ def test_masked_vocabulary_has_no_probability(impl, dtype):
     for value, expected in zip(ours, exact_statistics(logits, targets), strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=4e-6)
     assert ours.logprob[3] == ours.entropy[3] == 0.0 and ours.logprob[4] == -math.inf
-    tokens = make_tokens(exact_statistics(logits, targets)[0].clamp(min=-9), targets)
+    tokens = tokens_around(exact_statistics(logits, targets)[0].clamp(min=-9), targets)
     objective, gradient = run(logits, tokens, impl=impl)
     assert_equals_exact(objective, gradient, exact_objective(logits, tokens, Surrogate()), 2e-2, 1e-4)
     assert not gradient[logits == -math.inf].any()
@@ -165,7 +149,7 @@ def test_masked_vocabulary_has_no_probability(impl, dtype):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_broken_rows_are_nan_and_alone(impl, inplace):
     logits, targets = problem(5, 300)
-    tokens = make_tokens(exact_statistics(logits, targets)[0], targets)
+    tokens = tokens_around(exact_statistics(logits, targets)[0], targets)
     factors = Surrogate(importance="none", advantage_clip=2.0)
     _, sound = run(logits, tokens, factors, impl=impl)
     logits[1, 200] = math.nan
@@ -204,7 +188,7 @@ SETTINGS = {
 def test_objective_matches_fp64(impl, inplace, name):
     changes, factors = SETTINGS[name]
     logits, targets = problem(ROWS, 700)
-    tokens = make_tokens(exact_statistics(logits, targets, 0.8)[0], targets, **changes)
+    tokens = tokens_around(exact_statistics(logits, targets, 0.8)[0], targets, **changes)
     exact = exact_objective(logits, tokens, Surrogate(**factors), 0.8)
     if tokens.keep is not None:
         logits[~tokens.keep] = math.nan  # never read
@@ -217,7 +201,7 @@ def test_objective_matches_fp64(impl, inplace, name):
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 33)], ids=str)
 def test_objective_of_any_shape_matches_fp64(impl, shape):
     logits, targets = problem(*shape)
-    tokens = make_tokens(exact_statistics(logits, targets)[0], targets)
+    tokens = tokens_around(exact_statistics(logits, targets)[0], targets)
     assert_equals_exact(*run(logits, tokens, impl=impl), exact_objective(logits, tokens, Surrogate()))
 
 
@@ -225,7 +209,7 @@ def test_objective_of_any_shape_matches_fp64(impl, shape):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_low_precision_is_no_worse_than_plain_torch(impl, dtype):
     logits, targets = problem(17, 900, DTYPES[dtype])
-    tokens = make_tokens(exact_statistics(logits, targets)[0], targets)
+    tokens = tokens_around(exact_statistics(logits, targets)[0], targets)
     exact = exact_objective(logits, tokens, Surrogate())
     leaf = logits.clone().requires_grad_()
     losses, _, _ = surrogate(leaf.log_softmax(-1).float().gather(1, targets[:, None])[:, 0], tokens, Surrogate())
@@ -245,7 +229,7 @@ def test_low_precision_is_no_worse_than_plain_torch(impl, dtype):
 def test_padding_takes_no_part(impl, inplace, valid):
     logits, targets = problem(6, valid)
     padded = F.pad(logits, (0, 1024 - valid), value=math.nan)
-    tokens = make_tokens(exact_statistics(logits, targets)[0], targets, keep=torch.arange(6) != 2)
+    tokens = tokens_around(exact_statistics(logits, targets)[0], targets, keep=torch.arange(6) != 2)
     plain, expected = run(logits, tokens, impl=impl)
     objective, gradient = run(padded, tokens, valid_vocab=valid, inplace=inplace, impl=impl)
     torch.testing.assert_close(objective.loss, plain.loss, rtol=1e-6, atol=1e-7)
@@ -259,7 +243,7 @@ def test_padding_takes_no_part(impl, inplace, valid):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_stopped_row_has_a_zero_gradient_whatever_is_in_it(impl):
     logits, targets = problem(4, 500)
-    tokens = make_tokens(exact_statistics(logits, targets)[0], targets, gate=torch.tensor([True, False, True, True]))
+    tokens = tokens_around(exact_statistics(logits, targets)[0], targets, gate=torch.tensor([True, False, True, True]))
     logits[1, 3] = math.nan
     objective, gradient = run(logits, tokens, Surrogate(importance="none"), impl=impl)
     assert objective.per_token["logprob"].isnan().tolist() == [False, True, False, False]
@@ -269,7 +253,7 @@ def test_a_stopped_row_has_a_zero_gradient_whatever_is_in_it(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_of_a_wider_tensor_are_left_alone_around(impl):
     logits, targets = problem(5, 300)
-    tokens = make_tokens(exact_statistics(logits, targets)[0], targets)
+    tokens = tokens_around(exact_statistics(logits, targets)[0], targets)
     expected = run(logits, tokens, impl=impl)[1]
     wide = torch.full((5, 321), 7.0)
     leaf = torch.cat([wide[:, :10], logits, wide[:, 310:]], 1).requires_grad_()
@@ -289,7 +273,7 @@ def test_rows_of_a_wider_tensor_are_left_alone_around(impl):
 @pytest.mark.parametrize(("upstream", "inplace"), [(1.0, True), (1 / 3, True), (1 / 3, False), (0.0, False)])
 def test_the_upstream_gradient_scales(impl, dtype, upstream, inplace):
     logits, targets = problem(3, 700, DTYPES[dtype])
-    tokens = make_tokens(exact_statistics(logits, targets)[0], targets)
+    tokens = tokens_around(exact_statistics(logits, targets)[0], targets)
     _, gradient = run(logits, tokens, upstream=upstream, inplace=inplace, impl=impl)
     unit = run(logits, tokens, impl=impl)[1]
     assert torch.equal(gradient, (unit.float() * upstream).to(unit.dtype)) and unit.any()
@@ -300,7 +284,7 @@ def test_the_upstream_gradient_scales(impl, dtype, upstream, inplace):
 def test_a_second_backward_is_refused(impl, inplace):
     logits, targets = problem(3, 50)
     loss = logit_objective(
-        logits.requires_grad_() * 1.0, make_tokens(logits[:, 0], targets), inplace=inplace, impl=impl
+        logits.requires_grad_() * 1.0, tokens_around(logits[:, 0], targets), inplace=inplace, impl=impl
     ).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a second backward through logit_objective: the first gave away"):
@@ -311,7 +295,7 @@ def test_a_second_backward_is_refused(impl, inplace):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_logits_stay_where_no_gradient_can_be_asked_for(impl, inplace):
     logits, targets = problem(3, 50)
-    tokens, before = make_tokens(logits[:, 0], targets), logits.clone()
+    tokens, before = tokens_around(logits[:, 0], targets), logits.clone()
     assert not logit_objective(logits, tokens, inplace=inplace, impl=impl).loss.requires_grad
     with torch.no_grad():
         logit_objective(logits.requires_grad_(), tokens, inplace=inplace, impl=impl)
@@ -321,7 +305,7 @@ def test_logits_stay_where_no_gradient_can_be_asked_for(impl, inplace):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_inplace_uses_the_memory_of_the_logits(impl):
     leaf, targets = problem(8, 2048, torch.bfloat16)
-    tokens = make_tokens(leaf[:, 0], targets)
+    tokens = tokens_around(leaf[:, 0], targets)
     logits = leaf.requires_grad_() * 1.0
     with LargestTensor(torch.float32) as wide:
         loss = logit_objective(logits, tokens, inplace=True, impl=impl).loss
@@ -334,7 +318,7 @@ def test_the_reference_walks_in_chunks(monkeypatch):
     logits, targets = problem(64, 256, torch.bfloat16)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 8 * 256)
     with LargestTensor(torch.float32) as wide:
-        run(logits, make_tokens(logits[:, 0], targets))
+        run(logits, tokens_around(logits[:, 0], targets))
         logit_statistics(logits, targets)
     assert wide.elements == 8 * 256
 
@@ -343,7 +327,7 @@ def test_the_reference_walks_in_chunks(monkeypatch):
 def test_inplace_is_seen_by_others_who_saved_the_logits(impl):
     leaf, targets = problem(3, 50)
     logits = leaf.requires_grad_().tanh()  # saves its result for its own backward
-    loss = logit_objective(logits, make_tokens(leaf[:, 0], targets), inplace=True, impl=impl).loss
+    loss = logit_objective(logits, tokens_around(leaf[:, 0], targets), inplace=True, impl=impl).loss
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -354,7 +338,7 @@ def test_inplace_is_seen_by_others_who_saved_the_logits(impl):
 @pytest.mark.parametrize("made", ["inside", "outside"])
 def test_recomputation_gives_the_same_gradient(impl, inplace, reentrant, made):
     logits, targets = problem(4, 300)
-    tokens = make_tokens(exact_statistics(logits, targets)[0], targets)
+    tokens = tokens_around(exact_statistics(logits, targets)[0], targets)
     expected = run(logits, tokens, impl=impl)[1]
     leaf = logits.clone().requires_grad_()
     make = lambda x: x.view_as(x)  # noqa: E731
@@ -413,7 +397,7 @@ def test_misfits_are_refused(change, message):
 )
 @pytest.mark.parametrize("impl", ["reference", "auto"])
 def test_what_cannot_be_written_is_refused(make, message, impl):
-    tokens = make_tokens(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
+    tokens = tokens_around(torch.zeros(3), torch.zeros(3, dtype=torch.int64))
     logits = make(torch.randn(3, 6).requires_grad_() * 1.0)
     before = logits.detach().clone()
     with pytest.raises(ValueError, match=message):
@@ -424,7 +408,7 @@ def test_what_cannot_be_written_is_refused(make, message, impl):
 
 def test_tokens_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"targets is torch.int64 \[4\]: expected torch.int64 \[3\]"):
-        logit_objective(torch.ones(3, 6), make_tokens(torch.zeros(4), torch.zeros(4, dtype=torch.int64)))
+        logit_objective(torch.ones(3, 6), tokens_around(torch.zeros(4), torch.zeros(4, dtype=torch.int64)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -432,13 +416,13 @@ def test_masked_rows_may_hold_any_token_and_no_rows_are_fine(impl):
     logits, targets = problem(3, 50)
     targets[1] = -100
     keep = torch.tensor([True, False, True])
-    tokens = make_tokens(logits[:, 0], targets, keep=keep)
+    tokens = tokens_around(logits[:, 0], targets, keep=keep)
     objective, gradient = run(logits, tokens, impl=impl)
     assert not gradient[1].any() and not objective.loss.isnan()
     assert logit_statistics(logits, targets, keep=keep, impl=impl).logprob[1] == 0
     with pytest.raises(ValueError, match=r"targets\[1\] = -100"):
-        run(logits, make_tokens(logits[:, 0], targets), impl=impl)
-    empty, gradient = run(logits[:0], make_tokens(logits[:0, 0], targets[:0]), impl=impl)
+        run(logits, tokens_around(logits[:, 0], targets), impl=impl)
+    empty, gradient = run(logits[:0], tokens_around(logits[:0, 0], targets[:0]), impl=impl)
     assert empty.loss == 0 and gradient.shape == (0, 50) and empty.log_ratios.shape == (1, 0)
     assert logit_statistics(logits[:0], targets[:0], impl=impl).lse.shape == (0,)
 
@@ -485,7 +469,7 @@ SEEDS = st.integers(0, 2**31)
 @given(seed=SEEDS, rows=st.integers(1, 5), vocab=st.integers(1, 700), shift=st.floats(-200, 200))
 def test_properties_of_the_objective(impl, seed, rows, vocab, shift):
     logits, targets = problem(rows, vocab, seed=seed)
-    tokens = make_tokens(exact_statistics(logits, targets)[0], targets, seed=seed)
+    tokens = tokens_around(exact_statistics(logits, targets)[0], targets, seed=seed)
     objective, gradient = run(logits, tokens, impl=impl)
     close = lambda value, expected: torch.testing.assert_close(value, expected, rtol=1e-3, atol=2e-4)  # noqa: E731
 
@@ -518,7 +502,7 @@ def _on_a_rank(vocab, impl, masked):
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch)
         logits, targets = problem(13, vocab)
-        tokens = make_tokens(exact_statistics(logits, targets, 0.7)[0], targets, teachers=2, keep=masked)
+        tokens = tokens_around(exact_statistics(logits, targets, 0.7)[0], targets, teachers=2, keep=masked)
         rank, size = dist.get_rank(), dist.get_world_size()
         width = -(-vocab // size)
         padded = F.pad(logits, (0, width * size - vocab), value=math.nan)
@@ -542,7 +526,7 @@ def _on_a_rank(vocab, impl, masked):
 )
 def test_vocabulary_parallel_equals_one_rank(ranks, impl, world, vocab, masked):
     logits, targets = problem(13, vocab)
-    tokens = make_tokens(exact_statistics(logits, targets, 0.7)[0], targets, teachers=2, keep=masked)
+    tokens = tokens_around(exact_statistics(logits, targets, 0.7)[0], targets, teachers=2, keep=masked)
     objective, gradient = run(logits, tokens, temperature=0.7, impl=impl)
     statistics = logit_statistics(logits, targets, keep=masked, temperature=0.7, impl=impl)
     answers = ranks(world, _on_a_rank, vocab, impl, masked)

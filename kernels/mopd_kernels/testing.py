@@ -1,4 +1,4 @@
-"""What tests of the operators share: the fp64 truth, shards with poisoned padding, and a comparison of errors."""
+"""What tests of the operators share: inputs, the fp64 truth, shards with poisoned padding, a comparison of errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mopd_kernels.objective import Tokens
 
 
 def exact_log_softmax(
@@ -36,6 +38,28 @@ def shard(weight: Tensor, rank: int, size: int) -> Tensor:
     padded = weight.new_full((rows * size, weight.shape[1]), float("nan"))
     padded[: len(weight)] = weight.detach()
     return padded[rank * rows : (rank + 1) * rows].clone()
+
+
+def tokens_around(logprob: Tensor, targets: Tensor, teachers: int = 1, seed: int = 0, **changes: Any) -> Tokens:
+    """What is known of rows whose true log-probabilities are ``logprob [T]``: c_t beyond its bounds, both signs of A.
+
+    ``changes`` replace fields of :class:`Tokens`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    base, rows = logprob.float().detach(), len(targets)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    fields = {
+        "targets": targets,
+        "behaviour": base + 0.9 * draw(rows),
+        "teachers": base + draw(teachers, rows),
+        "weight": draw(rows).abs() / max(1, rows),
+        "teacher_weights": draw(teachers, rows).softmax(0) if teachers > 1 else None,
+        "prox": base + 0.2 * draw(rows),
+    }
+    return Tokens(**(fields | changes))
 
 
 def assert_no_worse(ours: Tensor, plain: Tensor, truth: Tensor, slack: float, name: str = "value") -> None:

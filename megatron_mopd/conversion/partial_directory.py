@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from megatron_mopd.checkpoint_directory import sync
 from megatron_mopd.config import ConfigurationError
 
 _JOURNAL = ".journal.jsonl"
@@ -117,15 +118,6 @@ def refuse_existing(target: Path) -> None:
         raise ConfigurationError(f"{target}: {what}, so no finished directory can take its place; name a new directory")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigurationError(f"{target}: exists already and is not overwritten; name another or remove it first")
-
-
-def sync(path: Path) -> None:
-    """Wait until the disk has a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_room(target: Path, where: Path, needed: int) -> None:
