@@ -40,6 +40,10 @@ BENCH = [
 
 DEV = [
     "liger-kernel>=0.8.5",  # its torch forms are oracles in tests
+    # NVFP4 as other ecosystems write it: byte for byte oracles of mopd_kernels.nvfp4
+    "torchao>=0.18",
+    "nvidia-modelopt>=0.47",
+    "compressed-tensors>=0.20",
     "setuptools>=77",  # `pip install --no-build-isolation -e .` builds with the locked one
     "pytest>=8.4",
     "hypothesis>=6.140",

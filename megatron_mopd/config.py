@@ -1,4 +1,4 @@
-"""The one typed configuration: every setting, its default and its rule live here and nowhere else.
+"""The one typed configuration: every setting, its default and its rule live here and in data_config.py, nowhere else.
 
 ``load_config(path, overrides)`` reads YAML, applies ``key=value`` overrides, refuses unknown keys (naming the nearest
 known one) and values out of range, and returns a frozen :class:`Config`. Imports neither torch nor megatron.core.
@@ -6,33 +6,15 @@ known one) and values out of range, and returns a frozen :class:`Config`. Import
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from megatron_mopd.data_config import Data, ReasoningGymPrompts, Tokenizer, Weight
 from megatron_mopd.objective_presets import OBJECTIVE_PRESETS
-from megatron_mopd.settings import ConfigurationError, explain, merge, nearest, read_yaml
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_switch_for_a_number(cls, tree: Any) -> Any:
-        """pydantic would read true as 1, and YAML reads yes and on as true."""
-        for name, value in tree.items() if isinstance(tree, dict) else ():
-            if isinstance(value, bool) and name in cls.model_fields:
-                types = get_args(cls.model_fields[name].annotation) or (cls.model_fields[name].annotation,)
-                if bool not in types and not {int, float}.isdisjoint(types):
-                    raise ValueError(f"{name} = {str(value).lower()}: a number is needed, not a switch")
-        return tree
-
-
-Weight = Annotated[float, Field(ge=0)]
+from megatron_mopd.settings import ConfigurationError, Section, explain, merge, nearest, read_yaml
 
 
 class Model(Section):
@@ -63,70 +45,6 @@ class Parallel(Section):
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: nccl with CUDA, gloo without; resolved once and said once."""
-
-
-class Tokenizer(Section):
-    type: Literal["characters", "huggingface"] = "characters"
-    """characters: printable ASCII, one token each, with a built-in chat template; needs no files."""
-    path: Path | None = None
-    """Directory of a Hugging Face tokenizer with a chat template (type huggingface)."""
-
-    @model_validator(mode="after")
-    def _path(self) -> Tokenizer:
-        if (self.type == "huggingface") != (self.path is not None):
-            raise ValueError("path is needed with type huggingface and only there")
-        return self
-
-
-class JsonlPrompts(Section):
-    type: Literal["jsonl"]
-    path: Path
-    """One JSON object a line: ``messages`` (chat), ``domain``, optional ``completion`` and ``verifier``."""
-    split: Literal["all", "train", "held_out"] = "all"
-    """Rows to take: all, or one side of the split by a hash of the prompt's text."""
-    held_out_fraction: float = Field(default=0.2, gt=0, lt=1)
-
-
-class ReasoningGymPrompts(Section):
-    type: Literal["reasoning_gym"]
-    domain: str
-    """Name of the domain in routing, metrics and reports."""
-    family: str
-    """Name of a reasoning-gym task family, such as ``spell_backward``."""
-    options: dict[str, Any] = {}
-    """The family's own settings."""
-    template: str | None = None
-    """User message; ``{field}`` is filled from the family's metadata, ``{question}`` from its question; the question
-    when left out. Lists are joined by a blank, by what follows a colon (``{words:, }``) or by nothing
-    (``{letters!c}``)."""
-    matching: str | None = None
-    """Regular expression that the whole user message must match; other tasks are passed over."""
-    size: int = Field(gt=0)
-    """Distinct prompts wanted; de-duplicated by prompt text."""
-    seed: int = 0
-    split: Literal["train", "held_out"] = "train"
-    """Prompts belong to one side by a hash of their text, so the two sides never share one."""
-    held_out_fraction: float = Field(default=0.2, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _matching(self) -> ReasoningGymPrompts:
-        try:
-            re.compile(self.matching or "")
-        except re.error as error:
-            raise ValueError(f"matching = {self.matching!r} is no regular expression: {error}") from None
-        return self
-
-
-PromptSource = Annotated[JsonlPrompts | ReasoningGymPrompts, Field(discriminator="type")]
-
-
-class Data(Section):
-    train: list[PromptSource] = []
-    held_out: list[PromptSource] = []
-    """Prompts for evaluation; never trained on."""
-    shuffle_seed: int = 0
-    weights: dict[str, Weight] = {}
-    """Sampling weight of each domain; equal when left out."""
 
 
 class Source(Section):
@@ -172,7 +90,8 @@ class Mopd(Section):
 
     type: Literal["mopd"] = "mopd"
     preset: Literal["mimo", "cascade_2", "ultra_released"] | None = None
-    """Values for the fields below, from megatron_mopd.objective_presets; a field given beside it wins."""
+    """Values for the fields below, from megatron_mopd.data_config import Data, ReasoningGymPrompts, Tokenizer, Weight
+from megatron_mopd.objective_presets; a field given beside it wins."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """r_t is clipped to [1 - clip_low, 1 + clip_high]; the report gives no value, 0.2 is PPO's."""
     clip_high: float = Field(default=0.2, ge=0)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_mopd import verifiers
-from megatron_mopd.config import ConfigurationError, JsonlPrompts
+from megatron_mopd.config import ConfigurationError
+from megatron_mopd.data_config import JsonlPrompts
 from megatron_mopd.prompt_items import Item, Messages, side, text_key
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from megatron_mopd import jsonl, reasoning_tasks, verifiers
-from megatron_mopd.config import ConfigurationError, JsonlPrompts, PromptSource
+from megatron_mopd.config import ConfigurationError
+from megatron_mopd.data_config import JsonlPrompts, PromptSource
 from megatron_mopd.prompt_items import Item, prompt_id, text_key
 from megatron_mopd.prompt_stream import PromptStream
 from megatron_mopd.records import Prompt, Rollout

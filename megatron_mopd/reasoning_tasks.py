@@ -20,7 +20,8 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any
 
-from megatron_mopd.config import ConfigurationError, ReasoningGymPrompts
+from megatron_mopd.config import ConfigurationError
+from megatron_mopd.data_config import ReasoningGymPrompts
 from megatron_mopd.prompt_items import Item, Messages, side, text_key
 from megatron_mopd.settings import nearest
 

@@ -12,11 +12,28 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class ConfigurationError(ValueError):
     """A setting that cannot work: names the setting, its value, the rule and the way out."""
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, unknown keys refused, field docstrings kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, tree: Any) -> Any:
+        """pydantic would read true as 1, and YAML reads yes and on as true."""
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields:
+                types = get_args(cls.model_fields[name].annotation) or (cls.model_fields[name].annotation,)
+                if bool not in types and not {int, float}.isdisjoint(types):
+                    raise ValueError(f"{name} = {str(value).lower()}: a number is needed, not a switch")
+        return tree
 
 
 class _Loader(yaml.SafeLoader):

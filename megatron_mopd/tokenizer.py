@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_mopd.config import ConfigurationError, Tokenizer
+from megatron_mopd.config import ConfigurationError
+from megatron_mopd.data_config import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_mopd import conversion, identity, names, presets, torch_dist
-from megatron_mopd.config import ConfigurationError, Model, Parallel, Tokenizer
+from megatron_mopd.config import ConfigurationError, Model, Parallel
 from megatron_mopd.conversion import hugging_face_config, inspection, jobs, plans, torch_dist_raw
+from megatron_mopd.data_config import Tokenizer
 
 VOCAB = 101  # odd: padded under tensor parallelism
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_checkpoint.py"

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_mopd.config import ConfigurationError, JsonlPrompts, ReasoningGymPrompts, Tokenizer
+from megatron_mopd.config import ConfigurationError
+from megatron_mopd.data_config import JsonlPrompts, ReasoningGymPrompts, Tokenizer
 from megatron_mopd.prompt_items import text_key
 from megatron_mopd.prompts import PromptStream, check_disjoint, load_examples, load_prompts, verify
 from megatron_mopd.records import Prompt
@@ -369,7 +370,7 @@ def test_a_stream_of_examples_notices_another_completion(tokenizer: ChatTokenize
 def test_prompts_are_the_same_in_another_process(tokenizer: ChatTokenizer) -> None:
     """Ranks draw their prompts each for itself; a set in a generator would differ with the process's hash seed."""
     program = (
-        "import sys; from megatron_mopd.config import ReasoningGymPrompts, Tokenizer;"
+        "import sys; from megatron_mopd.data_config import ReasoningGymPrompts, Tokenizer;"
         "from megatron_mopd.prompts import PromptStream, load_prompts;"
         "from megatron_mopd.tokenizer import build_tokenizer;"
         "sources = [ReasoningGymPrompts.model_validate_json(s) for s in sys.argv[1:]];"

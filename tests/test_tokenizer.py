@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mopd.config import ConfigurationError, Tokenizer
+from megatron_mopd.config import ConfigurationError
+from megatron_mopd.data_config import Tokenizer
 from megatron_mopd.tokenizer import ChatTokenizer, build_tokenizer
 
 USER = {"role": "user", "content": "back cat"}
@@ -109,7 +110,7 @@ def test_hashes_change_with_the_content(characters: ChatTokenizer, directory: Pa
 
 def test_hashes_are_the_same_in_another_process(characters: ChatTokenizer) -> None:
     program = (
-        "from megatron_mopd.config import Tokenizer; from megatron_mopd.tokenizer import build_tokenizer;"
+        "from megatron_mopd.data_config import Tokenizer; from megatron_mopd.tokenizer import build_tokenizer;"
         "import sys; t = build_tokenizer(Tokenizer()); sys.stdout.write(t.tokenizer_sha + ' ' + t.template_sha)"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7"}

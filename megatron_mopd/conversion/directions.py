@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mopd import checkpoint_directory, names
-from megatron_mopd.config import ConfigurationError, Tokenizer
+from megatron_mopd.config import ConfigurationError
 from megatron_mopd.conversion import hugging_face_config, plans, torch_dist_writer
 from megatron_mopd.conversion import weights as views
 from megatron_mopd.conversion.hugging_face import INDEX, HuggingFaceWeights
@@ -26,6 +26,7 @@ from megatron_mopd.conversion.megatron_weights import COMPANIONS, MegatronWeight
 from megatron_mopd.conversion.partial_directory import PartialDirectory, refuse_existing
 from megatron_mopd.conversion.plans import Shard
 from megatron_mopd.conversion.weights import EMBEDDING, HEAD, Companion
+from megatron_mopd.data_config import Tokenizer
 from megatron_mopd.torch_dist import Chunk, Stored
 
 logger = logging.getLogger(__name__)
