@@ -8,13 +8,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 DEMO_CONFIG ?= examples/demo.yaml
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+NVFP4_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-slow controls demo bench bench-kernels lock clean
+.PHONY: help install lint test test-slow controls demo bench bench-kernels nvfp4-training lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## .venv with the locked packages and this one; does nothing when that is done
 
@@ -47,6 +48,9 @@ controls: demo ## the demo, then its controls: rotated teachers, learning rate 0
 
 demo: $(STAMP) ## three specialists merged into one student on 2 CPU cores; DEMO_ARGS="parallel.tensor=2" changes settings
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m megatron_mopd.runner $(DEMO_CONFIG) $(DEMO_ARGS)
+
+nvfp4-training: $(STAMP) ## does training towards a quantized student pay: 3 seeds with and without, on 2 CPU cores
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 tools/nvfp4_training.py examples/nvfp4_training.yaml $(NVFP4_ARGS)
 
 bench: $(STAMP) ## one MOPD step against the same step on Hugging Face NemotronH, as ratios
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_step.py

@@ -43,6 +43,7 @@ DEV = [
     # NVFP4 as other ecosystems write it: byte for byte oracles of mopd_kernels.nvfp4
     "torchao>=0.18",
     "nvidia-modelopt>=0.47",
+    "requests>=2.32",  # modelopt imports it without saying so
     "compressed-tensors>=0.20",
     "setuptools>=77",  # `pip install --no-build-isolation -e .` builds with the locked one
     "pytest>=8.4",

@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 
 from megatron_mopd import batch, parallel, provenance, student
-from megatron_mopd.config import Config, load_config
+from megatron_mopd.config import Config, ConfigurationError, load_config
 from megatron_mopd.objectives.mopd import mopd_objective
 from megatron_mopd.predictions import Predictions
 from megatron_mopd.prompts import PromptStream, load_prompts
@@ -29,6 +29,11 @@ from megatron_mopd.tokenizer import build_tokenizer
 
 def train(config: Config) -> list[float]:
     """Run ``config.run.steps`` steps and return the mean log-ratio teacher - student of each (0 when they agree)."""
+    if config.parallel.pipeline > 1:
+        raise ConfigurationError(
+            f"parallel.pipeline = {config.parallel.pipeline}: this loop has one stage; set it to 1, or run the schedule"
+            " by megatron_mopd.pipeline.train"
+        )
     groups = parallel.initialize(config.parallel, config.run.seed)
     tokenizer = build_tokenizer(config.tokenizer)
     vocab = tokenizer.vocab_size

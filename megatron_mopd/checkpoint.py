@@ -30,11 +30,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 from megatron_mopd import checkpoint_directory as directory
 from megatron_mopd import identity, in_flight, names, sharded_state, torch_dist
-from megatron_mopd.checkpoint_directory import latest, read_manifest
+from megatron_mopd.checkpoint_directory import COMPANIONS, latest, read_manifest
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.parallel import Groups
 
-__all__ = ["CheckpointError", "Resume", "latest", "load", "load_weights", "read_manifest", "save"]
+__all__ = ["COMPANIONS", "CheckpointError", "Resume", "latest", "load", "load_weights", "read_manifest", "save"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +66,16 @@ def save(
     state: Mapping[str, Any],
     manifest: Mapping[str, Any],
     rollouts: Sequence[Sequence[in_flight.Item]] = (),
+    companions: Mapping[str, bytes] | None = None,
     keep: int = 2,
 ) -> Path:
     """Write the checkpoint of ``step`` under ``root``; every rank calls it with its own ``rollouts``, batch by batch.
 
     ``state`` and ``manifest`` are JSON; ``manifest["vocab_size"]`` is rows before padding, which the identity skips.
-    The manifest gains ``checkpoint_id``, ``step``, ``query_groups``, ``architecture`` and ``source_dtypes``. The newest
-    ``keep`` checkpoints stay. Raises :class:`CheckpointError` on all ranks when any rank fails; the previous checkpoint
-    is then untouched and what was written is removed.
+    ``companions`` are the files of a Hugging Face directory beside its weights, by relative name; the first rank's are
+    kept. The manifest gains ``checkpoint_id``, ``step``, ``query_groups``, ``architecture`` and ``source_dtypes``. The
+    newest ``keep`` checkpoints stay. Raises :class:`CheckpointError` on all ranks when any rank fails; the previous
+    checkpoint is then untouched and what was written is removed.
     """
     module: Any = unwrap_model(model)
     target = directory.partial(root, step)
@@ -87,7 +89,7 @@ def save(
         manifest = _manifest(index, manifest, step, module, groups)
         batches = in_flight.gather(rollouts, groups)
         state = {"step": step, "optimizer_step": sharded_state.optimizer_step(optimizer), "state": state}
-        _on_first(groups, lambda: _write_rest(target, common, state, manifest, batches))
+        _on_first(groups, lambda: _write_rest(target, common, state, manifest, batches, companions or {}))
         _on_first(groups, lambda: directory.publish(root, step, keep))
     except _Failed as failed:
         raise CheckpointError(_explain(root, step, target, groups, str(failed))) from failed
@@ -108,7 +110,7 @@ def load(root: Path, model: Any, optimizer: Any | None, groups: Groups) -> Resum
         batches = _together(groups, lambda: in_flight.unpack(path))
         index = _together(groups, lambda: torch_dist.open_index(path))
         tensors = sharded_state.of(unwrap_model(model), optimizer, groups, loading=True)
-        request = _together(groups, lambda: sharded_state.Request(tensors, index, manifest.get("vocab_size")))
+        request = _together(groups, lambda: sharded_state.Request(tensors, index, manifest.get("vocab_size"), groups))
         _together(groups, lambda: request.fill(unwrap_model(model), optimizer, saved["optimizer_step"]))
     except _Failed as failed:
         raise ConfigurationError(str(failed)) from None
@@ -116,22 +118,24 @@ def load(root: Path, model: Any, optimizer: Any | None, groups: Groups) -> Resum
     return Resume(step=saved["step"], state=saved["state"], rollouts=rollouts, manifest=manifest)
 
 
-def load_weights(path: Path, model: Any, groups: Groups) -> dict[str, Any]:
+def load_weights(path: Path, model: Any, groups: Groups, vocab_size: int | None = None) -> dict[str, Any]:
     """Restore the weights alone, from the newest checkpoint under ``path`` (or ``path`` itself); returns its manifest.
 
     MTP tensors are passed over when the model has no MTP; every other name and shape must match. A checkpoint that
-    another Megatron program wrote works too; its manifest then holds ``checkpoint_id`` alone. The identity is computed
-    from the tensors and must be the manifest's. Raises :class:`ConfigurationError` as :func:`load`.
+    another Megatron program wrote works too; its manifest then holds ``checkpoint_id`` alone, and ``vocab_size`` tells
+    rows of the vocabulary from padding. The identity is computed from the tensors and must be the manifest's. Raises
+    :class:`ConfigurationError` as :func:`load`.
     """
     module: Any = unwrap_model(model)
     try:
         path = _together(groups, lambda: directory.resolve(path))
         manifest: dict[str, Any] = _together(groups, lambda: read_manifest(path))
+        rows = manifest.get("vocab_size", vocab_size)
         index = _together(groups, lambda: torch_dist.open_index(path))
         tensors = sharded_state.of(module, None, groups, loading=True)
-        request = _together(groups, lambda: sharded_state.Request(tensors, index, manifest.get("vocab_size")))
+        request = _together(groups, lambda: sharded_state.Request(tensors, index, rows, groups))
         _together(groups, lambda: request.fill(module, None, None))
-        found = _identify(index, module.config.num_query_groups, manifest.get("vocab_size"), groups)
+        found = _identify(index, module.config.num_query_groups, rows, groups)
     except _Failed as failed:
         raise ConfigurationError(str(failed)) from None
     if manifest.get("checkpoint_id", found) != found:
@@ -177,6 +181,7 @@ def _write_rest(
     state: Mapping[str, Any],
     manifest: Mapping[str, Any],
     batches: list[list[in_flight.Item]],
+    companions: Mapping[str, bytes],
 ) -> None:
     save_config(CheckpointingConfig("torch_dist", 1), str(target))
     legacy = io.BytesIO()
@@ -185,6 +190,10 @@ def _write_rest(
     directory.write(target / "common.pt", legacy.getvalue())
     directory.write(target / in_flight.TENSORS, tensors)
     directory.write(target / in_flight.RECORDS, records)
+    for name, content in companions.items():
+        file = target / COMPANIONS / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        directory.write(file, content)
     directory.write(target / STATE, json.dumps(state).encode())
     directory.write(target / directory.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
 

@@ -18,6 +18,8 @@ from megatron_mopd.config import ConfigurationError
 
 POINTER = "latest_checkpointed_iteration.txt"
 MANIFEST = "mopd_manifest.json"
+COMPANIONS = "hugging_face"
+"""Folder of a checkpoint, and entry of its manifest, with what a Hugging Face directory holds beside weights."""
 _STEP = re.compile(r"iter_(\d{7,})")
 
 
@@ -93,7 +95,7 @@ def prepare(root: Path, step: int) -> None:
 def publish(root: Path, step: int, keep: int) -> Path:
     """Give the whole checkpoint in :func:`partial` its name, point at it, then drop all but the newest ``keep``."""
     source, target = partial(root, step), root / _name(step)
-    for file in source.iterdir():
+    for file in source.rglob("*"):
         sync(file)
     sync(source)
     replaced = _hidden(root, _name(step), "replaced")

@@ -14,22 +14,30 @@ from pydantic import Field, ValidationError, model_validator
 
 from megatron_mopd.data_config import Data, ReasoningGymPrompts, Tokenizer, Weight
 from megatron_mopd.objective_presets import OBJECTIVE_PRESETS
+from megatron_mopd.quantization import recipes
 from megatron_mopd.settings import ConfigurationError, Section, explain, merge, nearest, read_yaml
 
 
 class Model(Section):
-    preset: Literal["tiny", "nano-30b-a3b", "super-120b-a12b", "ultra-550b-a55b"] = "tiny"
-    """Published dimensions to build; see megatron_mopd.presets."""
+    preset: Literal["tiny", "nano-30b-a3b", "super-120b-a12b", "ultra-550b-a55b"] | None = None
+    """Published dimensions to build; see megatron_mopd.presets. Left out: those of the checkpoint that initial names,
+    or tiny where nothing says them."""
     pattern: str | None = None
-    """Layer pattern with MTP segments, such as ``M*E-/*E/*E``; the preset's when left out."""
+    """Layer pattern with MTP segments, such as ``M*E-/*E/*E``; the preset's when left out. ``|`` between layers of the
+    trunk begins a pipeline stage."""
     override: dict[str, Any] = {}
     """Fields of mcore's TransformerConfig by name, checked against mcore's own; recompute options go here."""
+    mamba_conv: int | None = Field(default=None, gt=1)
+    """Taps of Mamba's causal convolution; the preset's when left out."""
+    mamba_chunk: int | None = Field(default=None, gt=0)
+    """Tokens per chunk of Mamba's scan, which decides speed and the last digits only; the preset's when left out."""
     vocab_size: int | None = Field(default=None, gt=0)
     """Rows of the embedding before padding to a multiple for tensor parallelism; the tokenizer's when left out."""
     max_sequence_length: int = Field(default=256, gt=1)
     """Context length in tokens; a longer prompt is an error."""
     initial: Path | None = None
-    """Megatron checkpoint directory the weights start from; random (from run.seed) when left out."""
+    """Checkpoint directory the weights start from, Hugging Face's (config.json and safetensors) or Megatron's; random
+    (from run.seed) when left out."""
     train_router: bool = False
     """Whether router weights are trained. False in MOPD (the released recipe freezes the router)."""
     update_expert_bias: bool = False
@@ -42,6 +50,8 @@ class Parallel(Section):
     expert_tensor: int = Field(default=1, ge=1)
     """Tensor parallel size inside experts; explicit because mcore's own default is the tensor size."""
     pipeline: int = Field(default=1, ge=1)
+    """Stages that the trunk's layers are cut into: at the borders ``|`` of ``model.pattern``, or where stages compute
+    about as much (megatron_mopd.presets.staged). The first has the embedding, the last the output layer and all MTP."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: nccl with CUDA, gloo without; resolved once and said once."""
@@ -63,6 +73,9 @@ class RolloutSettings(Section):
     max_new_tokens: int = Field(default=128, gt=0)
     batch_size: int = Field(default=256, gt=0)
     """Sequences decoded together on one data-parallel rank."""
+    prefill_tokens: int = Field(default=16384, gt=0)
+    """Tokens of prompts, padding included, that such a rank reads at once; a longer prompt is read alone. Fewer need
+    less memory, and the result is the same."""
     lag: int = Field(default=0, ge=0)
     """Age in steps of the rollouts an update sees; 0 is on-policy."""
 
@@ -78,11 +91,24 @@ class RolloutSettings(Section):
 
 class Teacher(Section):
     checkpoint: Path
-    """Megatron checkpoint directory (``iter_*`` inside, or one such directory)."""
+    """Checkpoint directory: Hugging Face's (config.json and safetensors) or Megatron's (``iter_*`` inside, or one such
+    directory)."""
     domains: list[str] = Field(min_length=1)
     """Domains this teacher scores; each domain has exactly one teacher."""
     model: Model | None = None
-    """Architecture (preset, pattern, override); the student's when left out. Its MTP heads are never built."""
+    """Architecture (preset, pattern, override); what the checkpoint says when left out, or the student's where it says
+    nothing. Its MTP heads are never built."""
+    nvfp4: list[Literal["output_weight", "experts", "hidden"]] = []
+    """What is kept in NVFP4, 4.5 bits a number, instead of as it was loaded. output_weight: the output layer, in host
+    and device memory, decoded inside the kernels; experts: routed experts in host memory, decoded when the teacher's
+    turn comes; hidden: scored rollouts carry their final hidden states, so that a divergence over the whole vocabulary
+    needs the teacher's output layer and no second forward. The run's result says what it cost and saved."""
+
+    @model_validator(mode="after")
+    def _each_part_once(self) -> Teacher:
+        if len(set(self.nvfp4)) < len(self.nvfp4):
+            raise ValueError(f"nvfp4 = {self.nvfp4}: names a part twice; name each once")
+        return self
 
 
 class Mopd(Section):
@@ -90,8 +116,7 @@ class Mopd(Section):
 
     type: Literal["mopd"] = "mopd"
     preset: Literal["mimo", "cascade_2", "ultra_released"] | None = None
-    """Values for the fields below, from megatron_mopd.data_config import Data, ReasoningGymPrompts, Tokenizer, Weight
-from megatron_mopd.objective_presets; a field given beside it wins."""
+    """Values for the fields below, from megatron_mopd.objective_presets; a field given beside it wins."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """r_t is clipped to [1 - clip_low, 1 + clip_high]; the report gives no value, 0.2 is PPO's."""
     clip_high: float = Field(default=0.2, ge=0)
@@ -164,6 +189,28 @@ class Kernels(Section):
     hundredths of a nat), their gradient replaces them. Other objectives always take logprob."""
 
 
+class Quantization(Section):
+    """Training for a student that is quantized afterwards; see megatron_mopd.fake_quantization."""
+
+    train: str | None = None
+    """Recipe (a name of megatron_mopd.quantization.recipes or a YAML file) after which the student's weights are
+    quantize-dequantized in every forward: routed experts in NVFP4 and others in FP8 for ultra-ptq. Gradients go
+    straight through to the high-precision weights, which are what checkpoints hold."""
+    four_over_six: Literal["mae", "mse", "max"] | None = None
+    """Error by which each NVFP4 block of a weight chooses between the scales of 6 and 4; tools/quantize_checkpoint.py
+    must be given the same."""
+    activations: bool = False
+    """Whether what enters the linears of routed experts in NVFP4 is quantize-dequantized too."""
+
+    @model_validator(mode="after")
+    def _of_training(self) -> Quantization:
+        if self.train is None and (self.four_over_six or self.activations):
+            raise ValueError("four_over_six and activations say how quantization.train is done; name a recipe there")
+        if self.train is not None:
+            recipes.load(self.train)
+        return self
+
+
 class Optimizer(Section):
     lr: float = Field(default=2.0e-6, ge=0)
     warmup_steps: int = Field(default=10, ge=0)
@@ -206,6 +253,11 @@ class Checkpoint(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: int = Field(default=2, ge=1)
     """Complete checkpoints kept."""
+    cache: Path | None = None
+    """Where Hugging Face directories are kept in Megatron's format, converted once; ``converted`` beside run.dir when
+    left out. A directory in it may be removed whenever no run reads it."""
+    export: Literal["none", "hugging_face"] = "none"
+    """hugging_face: the last weights are also left as a Hugging Face directory, ``hugging_face`` in run.dir."""
 
 
 class Run(Section):
@@ -231,6 +283,7 @@ class Config(Section):
     objective: Objective = Mopd()
     mtp: Mtp = Mtp()
     kernels: Kernels = Kernels()
+    quantization: Quantization = Quantization()
     optimizer: Optimizer = Optimizer()
     batching: Batching = Batching()
     evaluation: Evaluation = Evaluation()

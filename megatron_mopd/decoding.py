@@ -4,15 +4,20 @@ mcore 0.19 has no such path that runs without CUDA. Linears, norms, experts and 
 modules; only the two mixers that look back in time are walked here: attention keeps keys and values, Mamba the last
 inputs of its convolution and its state, each taken at a row's own length.
 
+Each pipeline stage walks its layers and hands the hidden states on. A step's rows go through the stages as one piece,
+so that all stages but one wait; only prompts that are read in parts follow one another closely.
+
 Axis letters: ``b`` rows, ``s`` padded prompt tokens, ``H`` hidden size, ``q`` query groups and ``d`` head width of
 attention; ``h``, ``p``, ``g``, ``n`` of Mamba as in ssd.py, ``k`` channels of its convolution.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.mamba_layer import MambaLayer
@@ -24,11 +29,29 @@ from megatron_mopd import ssd
 from megatron_mopd.config import ConfigurationError
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """A batch of ``total`` rows with room for ``capacity`` tokens each, of which ``rows`` are read now."""
+
+    total: int
+    capacity: int
+    rows: slice
+
+    def kept(self, whole: Tensor, part: Tensor) -> Tensor:
+        """``whole`` (all rows; made afresh with the first ones) with ``part`` in the place of these rows."""
+        if len(part) == self.total:
+            return part
+        if self.rows.start == 0:
+            whole = part.new_empty(self.total, *part.shape[1:])
+        whole[self.rows] = part
+        return whole
+
+
 class _Layer(Protocol):
     """One layer with its memory of the rows."""
 
-    def prefill(self, hidden: Tensor, lengths: Tensor, capacity: int) -> Tensor:
-        """``[s, b, H]`` -> ``[s, b, H]``; remembers each row at its own length, with room for ``capacity`` tokens."""
+    def prefill(self, hidden: Tensor, lengths: Tensor, room: _Room) -> Tensor:
+        """``[s, b, H]`` -> ``[s, b, H]`` of the rows whose turn it is; remembers each row at its own length."""
         ...
 
     def step(self, hidden: Tensor) -> Tensor:
@@ -41,46 +64,66 @@ class _Layer(Protocol):
 
 
 class Decoder:
-    """The trunk of a model with the memory of one batch; every tensor parallel rank calls it with the same tokens.
+    """The trunk of a model with the memory of one batch; all ranks that share the model call it with the same tokens.
 
     The model must be in eval mode with sequence parallelism off. Raises :class:`ConfigurationError` for position
     embeddings and layers that the cached forward does not know.
     """
 
-    def __init__(self, model: HybridModel) -> None:
+    def __init__(self, model: HybridModel, prefill_tokens: int | None = None) -> None:
+        """``prefill_tokens`` of prompts, padding included, are read at once, a longer one alone; None reads all."""
         if model.position_embedding_type != "none":
             raise ConfigurationError(
                 f"position_embedding_type = {model.position_embedding_type!r}: cached decoding knows models without"
                 " positional embedding only; build the model with 'none'"
             )
-        self.model = model
+        self.model, self.prefill_tokens = model, prefill_tokens
+        self.pipeline, self.stage = model.pp_group, model.pp_group.rank()
         self.layers: list[_Layer] = [_cached(layer) for layer in model.decoder.layers]
 
-    def prefill(self, tokens: Tensor, lengths: Tensor, new_tokens: int) -> Tensor:
+    def prefill(self, tokens: Tensor, lengths: Tensor, new_tokens: int) -> Tensor | None:
         """Read right-padded prompts ``tokens [b, s]`` of ``lengths [b]`` and make room for ``new_tokens`` each.
 
-        Returns the hidden state ``[b, H]`` of each row's last token, after the final norm.
+        Returns the hidden state ``[b, H]`` of each row's last token, after the final norm; None before the last
+        pipeline stage.
         """
-        hidden = self._embed(tokens)
-        for layer in self.layers:
-            hidden = layer.prefill(hidden, lengths, tokens.shape[1] + new_tokens)
-        last = hidden[lengths - 1, torch.arange(len(lengths), device=hidden.device)]
-        return self.model.decoder.final_norm(last)
+        (total, width), parts = tokens.shape, []
+        size = total if self.prefill_tokens is None else max(1, self.prefill_tokens // width)
+        for rows in (slice(start, start + size) for start in range(0, total, size)):
+            hidden = self._enter(tokens[rows])
+            for layer in self.layers:
+                hidden = layer.prefill(hidden, lengths[rows], _Room(total, width + new_tokens, rows))
+            if not self._leave(hidden):
+                parts.append(hidden[lengths[rows] - 1, torch.arange(hidden.shape[1], device=hidden.device)])
+        return self.model.decoder.final_norm(torch.cat(parts)) if parts else None
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Read one further token ``[b]`` a row and return its hidden state ``[b, H]``."""
-        hidden = self._embed(tokens.unsqueeze(1))
+    def step(self, tokens: Tensor) -> Tensor | None:
+        """Read one further token ``[b]`` a row and return its hidden state ``[b, H]``, as :meth:`prefill`."""
+        hidden = self._enter(tokens.unsqueeze(1))
         for layer in self.layers:
             hidden = layer.step(hidden)
-        return self.model.decoder.final_norm(hidden.squeeze(0))
+        return None if self._leave(hidden) else self.model.decoder.final_norm(hidden.squeeze(0))
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these (int64 indices, in their new order)."""
         for layer in self.layers:
             layer.keep(rows)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self.model.embedding(input_ids=tokens, position_ids=torch.zeros_like(tokens))
+    def _enter(self, tokens: Tensor) -> Tensor:
+        """Hidden states ``[s, b, H]`` before this stage's layers."""
+        if self.stage == 0:
+            return self.model.embedding(input_ids=tokens, position_ids=torch.zeros_like(tokens))
+        config, (b, s) = self.model.config, tokens.shape
+        hidden = torch.empty(s, b, config.hidden_size, dtype=config.pipeline_dtype, device=tokens.device)
+        dist.recv(hidden, group=self.pipeline, group_src=self.stage - 1)
+        return hidden
+
+    def _leave(self, hidden: Tensor) -> bool:
+        """Whether there is a next stage; it has then been sent ``hidden``."""
+        more = self.stage < self.pipeline.size() - 1
+        if more:
+            dist.send(hidden.contiguous(), group=self.pipeline, group_dst=self.stage + 1)
+        return more
 
 
 def _cached(layer: Any) -> _Layer:
@@ -100,7 +143,7 @@ class _Tokenwise:
     def __init__(self, layer: TransformerLayer) -> None:
         self.layer = layer
 
-    def prefill(self, hidden: Tensor, lengths: Tensor, capacity: int) -> Tensor:
+    def prefill(self, hidden: Tensor, lengths: Tensor, room: _Room) -> Tensor:
         return self.step(hidden)
 
     def step(self, hidden: Tensor) -> Tensor:
@@ -124,17 +167,17 @@ class _AttentionMemory:
         self.mask: Tensor  # [b, 1, 1, capacity], 0 or -inf
         self.filled = 0
 
-    def prefill(self, hidden: Tensor, lengths: Tensor, capacity: int) -> Tensor:
+    def prefill(self, hidden: Tensor, lengths: Tensor, room: _Room) -> Tensor:
         query, key, value = self._project(hidden)  # [b, heads, s, d]
-        rows, groups, self.filled, width = key.shape
-        self.keys = key.new_zeros(rows, groups, capacity, width)
-        self.values = torch.zeros_like(self.keys)
-        self.keys[:, :, : self.filled] = key
-        self.values[:, :, : self.filled] = value
-        columns = torch.arange(capacity, device=key.device)
-        padding = (columns >= lengths.unsqueeze(1)) & (columns < self.filled)
-        self.mask = torch.zeros(rows, capacity, dtype=key.dtype, device=key.device).masked_fill_(padding, float("-inf"))
-        self.mask = self.mask[:, None, None]
+        _, groups, self.filled, width = key.shape
+        if room.rows.start == 0:
+            self.keys = key.new_zeros(room.total, groups, room.capacity, width)
+            self.values = torch.zeros_like(self.keys)
+            self.mask = key.new_zeros(room.total, 1, 1, room.capacity)
+        self.keys[room.rows, :, : self.filled] = key
+        self.values[room.rows, :, : self.filled] = value
+        padding = torch.arange(self.filled, device=key.device) >= lengths.unsqueeze(1)
+        self.mask[room.rows, 0, 0, : self.filled].masked_fill_(padding, float("-inf"))
         context = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=query.shape[1] != groups
         )
@@ -177,19 +220,20 @@ class _MambaMemory:
         self.A = -mixer.A_log.float().exp()
         self.D = mixer.D.unflatten(0, (self.heads, self.width)) if mixer.D_has_hdim else mixer.D
         self.taps = mixer.conv1d_weight.squeeze(1).t().contiguous().unbind()  # oldest first, [k] each
-        self.recent: list[Tensor]  # the last inputs of the convolution, oldest first, [b, k] each
-        self.state: Tensor  # [b, h, p, n]
+        self.recent = [torch.empty(0)] * (len(self.taps) - 1)  # last inputs of the convolution, oldest first, [b, k]
+        self.state = torch.empty(0)  # [b, h, p, n]
 
-    def prefill(self, hidden: Tensor, lengths: Tensor, capacity: int) -> Tensor:
+    def prefill(self, hidden: Tensor, lengths: Tensor, room: _Room) -> Tensor:
         z, xbc, dt = self._project(hidden.transpose(0, 1))
-        self.recent = self._last_inputs(xbc, lengths)
+        pairs = zip(self.recent, self._last_inputs(xbc, lengths), strict=True)
+        self.recent = [room.kept(whole, part) for whole, part in pairs]
         xbc = ssd.causal_conv(xbc, self.mixer.conv1d_weight.squeeze(1), self.mixer.conv1d_bias)
         x, B, C = self._parts(xbc)
         inside = torch.arange(xbc.shape[1], device=xbc.device) < lengths.unsqueeze(1)
         steps = ssd.step_sizes(dt, self.mixer.dt_bias) * inside.unsqueeze(-1)
         y, state = ssd.scan(x, steps, self.A, B, C, self.D, self.mixer.chunk_size, want_state=True)
         assert state is not None
-        self.state = state.contiguous()
+        self.state = room.kept(self.state, state.contiguous())
         return self._finish(y.flatten(2).to(z.dtype).transpose(0, 1), z.transpose(0, 1), hidden)
 
     def step(self, hidden: Tensor) -> Tensor:

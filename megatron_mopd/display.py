@@ -13,7 +13,16 @@ from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from megatron_mopd.report import duration
@@ -178,6 +187,43 @@ class StageProgress:
         if not accuracies:
             return ""
         return "accuracy " + ", ".join(f"{d} {self._last[f'accuracy/{d}']:.1%}" for d in accuracies)
+
+
+class TransferProgress:
+    """Progress of one long copy in bytes, as a context manager: a bar on a terminal, else a line every few seconds.
+
+    Nothing is shown before the first ``update(done, total)``, nor with ``enabled`` False.
+    """
+
+    def __init__(self, title: str, enabled: bool = True) -> None:
+        self.title, self.enabled = title, enabled
+        self._bar: Progress | None = None
+        self._start = self._printed = perf_counter()
+
+    def update(self, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes are behind us."""
+        if not self.enabled:
+            return
+        if console().is_terminal:
+            if self._bar is None:
+                columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+                self._bar = Progress(TextColumn(self.title), BarColumn(), *columns, console=console(), transient=True)
+                self._bar.start()
+                self._bar.add_task(self.title, total=total)
+            self._bar.update(self._bar.task_ids[0], completed=done)
+        elif perf_counter() - self._printed >= PLAIN_PERIOD:
+            self._printed = perf_counter()
+            speed = done / (self._printed - self._start)
+            left = duration((total - done) / speed) if speed else "?"
+            note(0, f"{self.title}  {done / 1e9:,.1f}/{total / 1e9:,.1f} GB  {speed / 1e9:.2f} GB/s  {left} left")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 class _Bar(Progress):

@@ -58,11 +58,16 @@ def accuracy(
     domains = sorted({p.domain for p in prompts})
     counts = torch.zeros(len(domains), 2, dtype=torch.int64, device=groups.device)
     for rollout in rollouts:
-        text = tokenizer.decode(rollout.completion.tolist())
-        right = rollout.finish == "stop" and verify(rollout.prompt, text) >= 1.0
-        counts[domains.index(rollout.prompt.domain)] += torch.tensor([int(right), 1], device=groups.device)
+        verdict = torch.tensor([int(right(rollout, tokenizer)), 1], device=groups.device)
+        counts[domains.index(rollout.prompt.domain)] += verdict
     torch.distributed.all_reduce(counts, group=groups.dp)
     return {d: Accuracy(correct=int(c), total=int(t)) for d, (c, t) in zip(domains, counts.tolist(), strict=True)}
+
+
+def right(rollout: Rollout, tokenizer: ChatTokenizer) -> bool:
+    """Whether a completion ended by itself and its prompt's verifier gives it a score of 1."""
+    text = tokenizer.decode(rollout.completion.tolist())
+    return rollout.finish == "stop" and verify(rollout.prompt, text) >= 1.0
 
 
 def diagnose(
@@ -81,11 +86,12 @@ def diagnose(
     ``examples``: a few rollouts of each domain with their tokens' texts and advantages.
     """
     rollouts = sample(sampler, prompts, sampling, groups, batch_size)
-    kl = teachers.reverse_kl(sampler.model, rollouts, all_pairs=True)
     signed = [provenance.sign(r, policy, tokenizer, sampling, seed=0, draw=-1) for r in rollouts]
+    scored = teachers.score(signed)
+    kl = teachers.reverse_kl(sampler.model, scored, all_pairs=True)
     advantages: dict[str, list[float]] = {}
     examples: dict[str, list[dict[str, Any]]] = {}
-    for item in teachers.score(signed):
+    for item in scored:
         rollout, domain = item.rollout, item.rollout.prompt.domain
         assert rollout.behav_logprobs is not None
         values = [round(v, 4) for v in (item.teacher_logprobs - rollout.behav_logprobs).tolist()]

@@ -10,7 +10,7 @@ from typing import Any
 
 def atomically(path: Path, fill: Callable[[Path], Any]) -> Path:
     """Let ``fill`` write a file beside ``path`` and put it in its place once the disk has it."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # of its own, should another write it too
     try:
         fill(temporary)
         with temporary.open("rb") as file:

@@ -187,6 +187,14 @@ def _share_equal_groups() -> None:
     parallel_state.create_group = create_or_share
 
 
+def _copy_embedding_on_host() -> None:
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    function: Any = LanguageModule.setup_embeddings_and_output_layer
+    names = tuple("cpu" if name == "cuda" else name for name in function.__code__.co_names)
+    function.__code__ = function.__code__.replace(co_names=names)
+
+
 def _run_uncompiled() -> None:
     torch.compiler.set_stance("force_eager")
 
@@ -236,6 +244,13 @@ REMEDIES: tuple[Remedy, ...] = (
         "mcore makes some sixty groups, many of the same ranks; each gloo group costs a polling thread and a set-up"
         " round, so groups of equal ranks share one",
         _share_equal_groups,
+    ),
+    Remedy(
+        "embedding of the last stage",
+        "LanguageModule.setup_embeddings_and_output_layer",
+        "with MTP heads the last pipeline stage has a copy of the embedding, which it moves by Tensor.cuda before it"
+        " is made equal; here by Tensor.cpu, in the code of this one method",
+        _copy_embedding_on_host,
     ),
     Remedy(
         "compiled functions",

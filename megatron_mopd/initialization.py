@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -23,19 +24,28 @@ Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 _KEEP = re.compile(r"(norm\.weight|layer_norm_weight|layernorm\.weight|\.D|bias)$")  # ones and zeros, as constructed
 _OUTPUT = re.compile(r"(out_proj|linear_proj|linear_fc2|fc2_latent_proj)\.weight\d*$")
 _INPUT = re.compile(r"(in_proj|linear_qkv|linear_fc1|fc1_latent_proj|router|eh_proj|output_layer)\.weight\d*$")
+_TRUNK_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.linear_fc[12]\.weight(\d*)$")
 
 
 @torch.no_grad()
 def initialize_weights(model: nn.Module, config: TransformerConfig, groups: Groups, seed: int) -> None:
     """Fill the parameters of a freshly built model in place; drawn in fp32, stored in each parameter's dtype."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         if draw := _distribution(name, config):
             if expert := _EXPERT.search(name):
                 _fill_experts(name, expert, parameter, draw, config, groups, seed)
             else:
                 full = draw(_full_shape(parameter, groups.tp_size), _generator(seed, name))
                 parameter.copy_(_local_part(full, parameter, groups.tp_rank, groups.tp_size))
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A plain model's parameters, the trunk's layers numbered through all pipeline stages as in checkpoints."""
+    first: Any = model.get_submodule("decoder.layers.0")
+    offset = first.layer_number - 1  # mcore counts from 1
+    for name, parameter in model.named_parameters():
+        yield _TRUNK_LAYER.sub(lambda match: f"{match[1]}{int(match[2]) + offset}.", name), parameter
 
 
 def _distribution(name: str, config: TransformerConfig) -> Draw | None:

@@ -43,6 +43,16 @@ class Groups:
     pp_rank: int
     pp_size: int
 
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank has the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank has the output layer and the MTP heads."""
+        return self.pp_rank == self.pp_size - 1
+
 
 def initialize(parallel: Parallel, seed: int) -> Groups:
     """Join the process group that torchrun announces (or make a world of one); build mcore's groups and random states.
@@ -86,14 +96,13 @@ def destroy() -> None:
 
 def check_world(parallel: Parallel, world_size: int) -> None:
     """Refuse a number of ranks that the layout cannot carry; raises :class:`ConfigurationError`."""
-    if parallel.pipeline > 1:
-        raise ConfigurationError(
-            f"parallel.pipeline = {parallel.pipeline}: pipeline stages are not supported; set it to 1 and use"
-            " parallel.tensor and parallel.expert"
-        )
+    stages = " x parallel.pipeline" if parallel.pipeline > 1 else ""
     for name, size in (
-        ("parallel.tensor", parallel.tensor),
-        ("parallel.expert x parallel.expert_tensor", parallel.expert * parallel.expert_tensor),
+        (f"parallel.tensor{stages}", parallel.tensor * parallel.pipeline),
+        (
+            f"parallel.expert x parallel.expert_tensor{stages}",
+            parallel.expert * parallel.expert_tensor * parallel.pipeline,
+        ),
     ):
         if world_size % size:
             raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mopd.config import ConfigurationError
@@ -25,6 +26,11 @@ class Pattern:
     def main(self) -> str:
         """Layers of the trunk, first to last."""
         return "".join(self.stages)
+
+    @property
+    def text(self) -> str:
+        """What :func:`parse_pattern` reads."""
+        return "/".join(["|".join(self.stages), *[self.mtp] * self.depths])
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -50,3 +56,38 @@ def parse_pattern(text: str) -> Pattern:
             f"model.pattern = {text!r}: MTP depths {depths} differ; they share one block, so repeat the same layers"
         )
     return Pattern(stages=stages, mtp=depths[0] if depths else "", depths=len(depths))
+
+
+def without_borders(text: str | None) -> str | None:
+    """The same layers, whatever pipeline stages they are cut into: a matter of the layout, not of the model."""
+    return text and text.replace("|", "")
+
+
+def balanced(
+    main: str, costs: Sequence[int], stages: int, *, last: int = 0, needed: str = ""
+) -> tuple[str, ...] | None:
+    """``main`` cut into ``stages`` parts such that the largest sum of a part's ``costs`` (one a layer) is least.
+
+    ``last`` is what the last part costs beside its layers. Every part has a layer, and a ``needed`` one where one is
+    named; None where that cannot be. Among equals the sum of squares decides, then the earlier border.
+    """
+    none = (float("inf"), 0.0)
+    best = [[none] * (len(main) + 1) for _ in range(stages + 1)]  # [parts][layers before the next]
+    start = [[0] * (len(main) + 1) for _ in range(stages + 1)]
+    best[0][0] = (0.0, 0.0)
+    for part in range(1, stages + 1):
+        for end in range(part, len(main) + 1):
+            cost, found = last if part == stages else 0, False
+            for begin in range(end - 1, part - 2, -1):
+                cost, found = cost + costs[begin], found or main[begin] == needed
+                before = best[part - 1][begin]
+                candidate = (max(before[0], cost), before[1] + cost**2)
+                if (found or not needed) and candidate <= best[part][end]:
+                    best[part][end], start[part][end] = candidate, begin
+    if best[stages][len(main)][0] == none[0]:
+        return None
+    cut, end = [], len(main)
+    for part in range(stages, 0, -1):
+        cut.append(main[start[part][end] : end])
+        end = start[part][end]
+    return tuple(reversed(cut))

@@ -11,9 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_mopd.settings import ConfigurationError
-from mopd_kernels import Statistics, linear_logprob, linear_statistics, unsupported_reason
+from mopd_kernels import (
+    Statistics,
+    linear_logprob,
+    linear_statistics,
+    linear_statistics_with_payload,
+    unsupported_reason,
+)
 from mopd_kernels.dispatch import Impl
+from mopd_kernels.nvfp4 import Format, NVFP4Tensor
 from mopd_kernels.weight_gradient import WeightGradient
+
+OutputWeight = Tensor | NVFP4Tensor
+"""Dense, or packed and decoded inside the kernels; a packed one has no gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +36,7 @@ class Predictions:
     """
 
     hidden: Tensor  # [T, H], one row per completion token
-    weight: Tensor  # [V/tp, H], this rank's rows of the output weight
+    weight: Any  # OutputWeight [V/tp, H], this rank's rows
     temperature: float = 1.0
     group: dist.ProcessGroup | None = None  # the ranks the vocabulary is split over
     valid_vocab: int | None = None  # columns from here on are padding
@@ -43,6 +53,15 @@ class Predictions:
     def logprobs(self, targets: Tensor) -> Tensor:
         """fp32 ``[T]``, natural logarithms, of ``targets`` (int64 ``[T]``); differentiable in hidden and weight."""
         return linear_logprob(self.hidden, self.weight, targets.to(self.hidden.device), **self.options)
+
+    def logprobs_and_hidden(self, targets: Tensor, format: Format, amax: Tensor) -> tuple[Tensor, NVFP4Tensor]:
+        """:meth:`logprobs`, and from the same pass the hidden states in NVFP4 for elements of up to ``amax`` (fp32 []);
+        no gradient."""
+        targets = targets.to(self.hidden.device)
+        found, hidden = linear_statistics_with_payload(
+            self.hidden, self.weight, targets, format, amax=amax, **self.options
+        )
+        return found.logprob, hidden
 
     def statistics(self, targets: Tensor) -> Statistics:
         """Log-probability, entropy and log-sum-exp, fp32 ``[T]`` each; no gradient."""

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_mopd.config import Config, ConfigurationError, Model
-from megatron_mopd.pattern import parse_pattern
+from megatron_mopd.config import Config, ConfigurationError, Model, Parallel
+from megatron_mopd.pattern import balanced, parse_pattern
 
 if TYPE_CHECKING:  # building a table of dimensions needs no torch
     import torch
@@ -178,7 +179,7 @@ def resolve(model: Model) -> Preset:
 
     Raises :class:`ConfigurationError` for a bad pattern and for an override that the pattern decides.
     """
-    preset = PRESETS[model.preset]
+    preset = PRESETS[model.preset or "tiny"]
     pattern = model.pattern or preset.pattern
     parse_pattern(pattern)
     for name in ("num_layers", "mtp_num_layers"):
@@ -190,7 +191,14 @@ def resolve(model: Model) -> Preset:
     changed = {name: value for name, value in model.override.items() if name in _DIMENSIONS}
     for name, value in changed.items():
         _check_dimension(name, value, _DIMENSIONS[name])
-    return replace(preset, pattern=pattern, vocab_size=model.vocab_size or preset.vocab_size, **changed)
+    return replace(
+        preset,
+        pattern=pattern,
+        vocab_size=model.vocab_size or preset.vocab_size,
+        mamba_conv=model.mamba_conv or preset.mamba_conv,
+        mamba_chunk=model.mamba_chunk or preset.mamba_chunk,
+        **changed,
+    )
 
 
 def _check_dimension(name: str, value: Any, kind: str) -> None:
@@ -245,29 +253,33 @@ def check(config: Config) -> None:
 
     The number of ranks is checked where the process groups are built. Raises :class:`ConfigurationError`.
     """
-    model = config.model
-    p = resolve(model)
-    _check_inside(p, model.preset)
-    stages = parse_pattern(p.pattern).stages
-    if config.parallel.pipeline > 1 or len(stages) > 1:
-        raise ConfigurationError(
-            f"model.pattern = {p.pattern!r} has {len(stages)} pipeline stages (parts between |) and parallel.pipeline ="
-            f" {config.parallel.pipeline}: sampling, scoring and the update run the whole depth on every rank; remove"
-            " each |, set parallel.pipeline to 1 and split the model by parallel.tensor and parallel.expert"
-        )
-    _check_split("tensor", config.parallel.tensor, _cut_by_tensor(p))
-    for setting, size in (("expert", "num_moe_experts"), ("expert_tensor", "moe_ffn_hidden_size")):
-        ways = getattr(config.parallel, setting)
-        if ways > 1 and "E" not in p.pattern:
+    model, pattern = config.model, resolve(config.model).pattern
+    _check_layout(model, config.parallel)
+    for setting in ("expert", "expert_tensor"):
+        if (ways := getattr(config.parallel, setting)) > 1 and "E" not in pattern:
             raise ConfigurationError(
-                f"parallel.{setting} = {ways}: model.pattern = {p.pattern!r} has no E layer to split; set it to 1"
+                f"parallel.{setting} = {ways}: model.pattern = {pattern!r} has no E layer to split; set it to 1"
             )
-        _check_split(setting, ways, {size: getattr(p, size)})
+    for name, teacher in config.teachers.items():
+        try:
+            _check_layout(teacher.model or model, config.parallel)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"teachers.{name}: {error}") from None
     if config.source.type == "rollout" and config.rollout.max_new_tokens >= model.max_sequence_length:
         raise ConfigurationError(
             f"rollout.max_new_tokens = {config.rollout.max_new_tokens}: leaves no room for a prompt within"
             f" model.max_sequence_length = {model.max_sequence_length}; lower the one or raise the other"
         )
+
+
+def _check_layout(model: Model, parallel: Parallel) -> None:
+    p = resolve(model)
+    _check_inside(p, model.preset or "tiny")
+    staged(p, parallel)
+    _check_split("tensor", parallel.tensor, _cut_by_tensor(p))
+    if "E" in p.pattern:
+        _check_split("expert", parallel.expert, {"num_moe_experts": p.num_moe_experts})
+        _check_split("expert_tensor", parallel.expert_tensor, {"moe_ffn_hidden_size": p.moe_ffn_hidden_size})
 
 
 def _check_inside(p: Preset, name: str) -> None:
@@ -283,6 +295,63 @@ def _check_inside(p: Preset, name: str) -> None:
             f"model.override: moe_router_topk = {p.moe_router_topk} is more than num_moe_experts = {p.num_moe_experts};"
             f" preset {name} has {PRESETS[name].moe_router_topk} of {PRESETS[name].num_moe_experts}"
         )
+
+
+def staged(p: Preset, parallel: Parallel) -> Preset:
+    """The preset with its layers cut into ``parallel.pipeline`` stages: at the borders of its pattern if it has any.
+
+    Without borders they stand where the stage that computes most computes least: a layer's cost is the parameters that
+    one token passes through; the last stage also has the output weight and each MTP depth with an output of its own.
+
+    Raises :class:`ConfigurationError` for more stages than layers, another number of borders, a stage without an expert
+    layer where experts are split apart from the other layers (mcore then gives them an optimizer of their own, and
+    every stage must have as many), and for mcore's allgather dispatcher, which refuses lengths that vary.
+    """
+    parsed, stages = parse_pattern(p.pattern), parallel.pipeline
+    given = len(parsed.stages)
+    if given not in (1, stages):
+        raise ConfigurationError(
+            f"model.pattern = {p.pattern!r} has {given} pipeline stages (parts between |), but parallel.pipeline ="
+            f" {stages}; set parallel.pipeline to {given}, or leave out every |, so that borders are placed for you"
+        )
+    if stages == 1:
+        return p
+    if stages > len(parsed.main):
+        raise ConfigurationError(
+            f"parallel.pipeline = {stages}: model.pattern = {p.pattern!r} has {len(parsed.main)} layers and each stage"
+            f" needs one; set it to {len(parsed.main)} or less"
+        )
+    if parallel.dispatcher == "allgather":
+        raise ConfigurationError(
+            f"parallel.pipeline = {stages}: micro-batches differ in length, which mcore refuses with"
+            " parallel.dispatcher = 'allgather'; set that to alltoall"
+        )
+    apart = parallel.expert > 1 or parallel.expert_tensor != parallel.tensor
+    needed = "E" if "E" in parsed.main and apart else ""
+    cut = parsed.stages if given > 1 else _cut(p, stages, needed)
+    if cut is None or not all(needed in stage for stage in cut):
+        raise ConfigurationError(
+            f"parallel.pipeline = {stages}: a stage of model.pattern = {p.pattern!r} has no E layer, but mcore keeps an"
+            f" optimizer for experts alone with parallel.expert = {parallel.expert}, parallel.expert_tensor ="
+            f" {parallel.expert_tensor}, parallel.tensor = {parallel.tensor}, which every stage must have; give each"
+            " stage an E layer (fewer stages or other borders |), or set parallel.expert to 1 and"
+            f" parallel.expert_tensor to {parallel.tensor}"
+        )
+    return replace(p, pattern=replace(parsed, stages=cut).text)
+
+
+@lru_cache  # a search over layouts asks for the same ones again and again
+def _cut(p: Preset, stages: int, needed: str) -> tuple[str, ...] | None:
+    main = parse_pattern(p.pattern).main
+    costs = [_layer(p, symbol, p.moe_router_topk) for symbol in main]
+    return balanced(main, costs, stages, last=_after_the_trunk(p), needed=needed)
+
+
+def _after_the_trunk(p: Preset) -> int:
+    """Parameters that a token passes through behind the last layer: the output and, with their own, MTP's depths."""
+    parsed, output = parse_pattern(p.pattern), p.vocab_size * p.hidden_size
+    block = sum(_layer(p, symbol, p.moe_router_topk) for symbol in parsed.mtp) + 2 * p.hidden_size**2
+    return output + parsed.depths * (block + output)
 
 
 def _cut_by_tensor(p: Preset) -> dict[str, int]:

@@ -30,6 +30,9 @@ class Scorers(Protocol):
     def ids(self) -> Mapping[str, str]: ...  # teacher name -> checkpoint_id
 
     @property
+    def nvfp4(self) -> Mapping[str, tuple[str, ...]]: ...  # teacher name -> what it keeps in NVFP4, sorted
+
+    @property
     def temperature(self) -> float: ...
 
     def route(self, domain: str) -> str: ...
@@ -58,13 +61,15 @@ def sign(
     return dataclasses.replace(rollout, provenance=record, reward=reward)
 
 
-def scored_by(rollout: Rollout, teacher_id: str) -> Rollout:
-    """The rollout with its scorer's checkpoint_id; raises :class:`ProvenanceError` when nobody signed the rollout."""
+def scored_by(rollout: Rollout, teacher_id: str, nvfp4: tuple[str, ...] = ()) -> Rollout:
+    """The rollout with its scorer's checkpoint_id and what of it is in NVFP4; raises :class:`ProvenanceError` when
+    nobody signed the rollout."""
     if rollout.provenance is None:
         raise ProvenanceError(
             f"{_name(rollout)}: carries no record of who sampled it, so nothing says what its scores would mean"
         )
-    return dataclasses.replace(rollout, provenance=dataclasses.replace(rollout.provenance, teacher_id=teacher_id))
+    record = dataclasses.replace(rollout.provenance, teacher_id=teacher_id, teacher_nvfp4=nvfp4)
+    return dataclasses.replace(rollout, provenance=record)
 
 
 def check(
@@ -117,6 +122,7 @@ def _facts(
         teacher = scorers.route(rollout.prompt.domain)
         yield "the scoring teacher", item.teacher, teacher
         yield f"the checkpoint of teacher {teacher!r}", record.teacher_id, scorers.ids[teacher]
+        yield f"what teacher {teacher!r} keeps in NVFP4", record.teacher_nvfp4, scorers.nvfp4[teacher]
         yield "the sampling temperature", record.sampling.temperature, scorers.temperature
         yield "the number of teacher log-probabilities", len(item.teacher_logprobs), len(rollout.completion)
 

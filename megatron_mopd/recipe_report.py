@@ -40,6 +40,7 @@ def build(directory: Path, stages: Sequence[str], config: Config) -> Report:
             for d in teacher_of
         },
         kl_history={d: metrics.series(rows, f"reverse_kl_k1/{d}") for d in teacher_of},
+        teacher_nvfp4=after.get("teacher_nvfp4", {}),
         advantages=before["advantages"],
         examples=[
             Example(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mopd_kernels.nvfp4 import NVFP4Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,7 @@ class Provenance:
     domain: str
     seed: int
     draw: int = 0  # index of the collected batch in its run; with seed, prompt, sample and position it fixes the noise
+    teacher_nvfp4: tuple[str, ...] = ()  # what the scoring teacher kept in NVFP4, sorted; the rest as its checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +90,9 @@ class ScoredRollout:
     rollout: Rollout  # provenance.teacher_id is set
     teacher: str  # the teacher's name in the configuration
     teacher_logprobs: Tensor  # fp32 [n]
+    teacher_hidden: NVFP4Tensor | None = None
+    """[n, H] on the host: the teacher's final hidden states that predict the completion, for a teacher that keeps
+    them; with its output weight they are its distribution over the whole vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,6 +60,19 @@ def gain_interval(before: Accuracy, after: Accuracy) -> Interval:
     return gain - below, gain + above
 
 
+def paired_interval(gained: int, lost: int, total: int, z: float = Z95) -> Interval:
+    """95% interval of ``(gained - lost) / total``, the change of accuracy on ``total`` prompts both models answered.
+
+    ``gained`` and ``lost`` count prompts that one alone got right. Half a prompt is added to each of the four cells
+    (Agresti and Min 2005), so that no change seen is no certainty. Raises ValueError for counts that cannot be.
+    """
+    if not (gained >= 0 <= lost and 0 < total >= gained + lost):
+        raise ValueError(f"gained = {gained}, lost = {lost} of total = {total}: needs counts that add up to the total")
+    up, down, count = gained + 0.5, lost + 0.5, total + 2
+    half = z * math.sqrt(up + down - (up - down) ** 2 / count) / count
+    return (up - down) / count - half, (up - down) / count + half
+
+
 def recovery(before: float, after: float, teacher: float) -> float | None:
     """(after - before) / (teacher - before); None where the teacher is no better than before."""
     return (after - before) / (teacher - before) if teacher > before else None
@@ -110,6 +123,7 @@ class Report:
     kl_history: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)  # estimate on training rollouts
     advantages: Mapping[str, Sequence[float]] = field(default_factory=dict)  # domain -> samples in nats
     examples: Sequence[Example] = ()
+    teacher_nvfp4: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of teacher_precision.measure
 
     def __post_init__(self) -> None:
         for domain, teacher in self.teacher_of.items():
@@ -153,7 +167,7 @@ def to_json(report: Report) -> dict[str, Any]:
             teacher: {d: {"before": kl.before, "after": kl.after} for d, kl in row.items()}
             for teacher, row in report.reverse_kl.items()
         },
-    }
+    } | ({"teacher_nvfp4": dict(report.teacher_nvfp4)} if report.teacher_nvfp4 else {})
 
 
 def _domain(report: Report, domain: str) -> dict[str, Any]:
@@ -207,11 +221,39 @@ def to_markdown(report: Report, pictures: Mapping[str, str]) -> str:
         _table(headings, recovered),
         "## Every model on every domain",
         _table(["", *report.domains], matrix),
+        *_teachers_in_nvfp4(report),
         *[f"## {caption}\n\n![{caption}]({name})" for caption, name in pictures.items()],
         "## The run",
         _table(["", ""], [["wall time", duration(report.wall_s)], *([k, str(v)] for k, v in _settings(report))]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _teachers_in_nvfp4(report: Report) -> list[str]:
+    """What keeping teachers in NVFP4 cost and saved; nothing where none is."""
+    if not report.teacher_nvfp4:
+        return []
+    headings = ["teacher", "in NVFP4", "log-probability error", "largest", "KL (nats/token)", "KL, kept hidden states"]
+    headings += ["bits per number", "host memory", "device memory"]
+    rows = [
+        [
+            teacher,
+            ", ".join(row["parts"]),
+            *(_digits(row[key]) for key in ("logprob_error_mean", "logprob_error_max", "kl", "hidden_kl")),
+            "n/a" if row["bits_per_number"] is None else f"{row['bits_per_number']:.3f}",
+            *("{before:,} → {after:,}".format(**row[key]) for key in ("host_bytes", "device_bytes")),
+        ]
+        for teacher, row in report.teacher_nvfp4.items()
+    ]
+    text = (
+        "Errors are those of each teacher as it scores against the weights of its checkpoint, in nats over tokens of"
+        " held-out rollouts; memory is that of its weights in bytes, over all ranks."
+    )
+    return ["## Teachers in NVFP4", text, _table(headings, rows)]
+
+
+def _digits(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2g}"
 
 
 def duration(seconds: float) -> str:

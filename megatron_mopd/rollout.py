@@ -29,12 +29,18 @@ class Sampler:
     """Cached decoding over a (wrapped) model; its weights are read at each call, never copied."""
 
     def __init__(
-        self, model: nn.Module, groups: Groups, max_sequence_length: int, valid_vocab: int | None = None
+        self,
+        model: nn.Module,
+        groups: Groups,
+        max_sequence_length: int,
+        valid_vocab: int | None = None,
+        prefill_tokens: int | None = None,
     ) -> None:
-        """``max_sequence_length`` bounds prompt plus completion; ``valid_vocab`` is the vocabulary without padding."""
+        """``max_sequence_length`` bounds prompt plus completion; ``valid_vocab`` is the vocabulary without padding;
+        ``prefill_tokens`` of prompts, padding included, are read at once (None: the whole batch)."""
         self.model = cast(HybridModel, unwrap_model(model))
         self.groups = groups
-        self.max_sequence_length = max_sequence_length
+        self.max_sequence_length, self.prefill_tokens = max_sequence_length, prefill_tokens
         self.valid_vocab = valid_vocab or self.model.vocab_size
         self.peers = _Peers(groups)
 
@@ -45,7 +51,8 @@ class Sampler:
 
         The noise of a token is a function of (seed, step, prompt id, sample, position) only. All ranks call this
         together: those that share experts run the same number of forwards, with rows of padding where they have fewer
-        requests. Tensor parallel ranks pass the same requests; ``batch_size`` sequences are decoded together.
+        requests. Tensor and pipeline parallel ranks pass the same requests; ``batch_size`` sequences are decoded
+        together. The last pipeline stage draws and tells the others.
 
         Raises :class:`ConfigurationError` for a prompt that leaves no room in the context and for top-p below 1, and
         FloatingPointError when the model's logits are not finite.
@@ -56,14 +63,12 @@ class Sampler:
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         rollouts: dict[int, Rollout] = {}
         with _sampling_mode(self.model):
-            weight = self.model.output_layer.weight
-            assert weight is not None
-            head = Head(weight, self.groups.tp, self.valid_vocab)
-            decoder = Decoder(self.model)
+            draw = _Draw(self.model, self.groups, self.valid_vocab, sampling.temperature)
+            decoder = Decoder(self.model, self.prefill_tokens)
             (count,) = self.peers.most(len(batches))
             for chosen in batches + [[]] * (count - len(batches)):
                 batch = _Batch.of([requests[i] for i in chosen], sampling, self.max_sequence_length, seed, step, self)
-                rollouts |= zip(chosen, batch.run(decoder, head, sampling), strict=True)
+                rollouts |= zip(chosen, batch.run(decoder, draw, sampling), strict=True)
         return [rollouts[i] for i in range(len(requests))]
 
     def _check(self, requests: Sequence[Request], sampling: Sampling, batch_size: int) -> None:
@@ -107,6 +112,31 @@ class _Peers:
         return shared.tolist()
 
 
+class _Draw:
+    """Draws on the last pipeline stage; all stages get the same."""
+
+    def __init__(self, model: HybridModel, groups: Groups, valid_vocab: int, temperature: float) -> None:
+        self.groups, self.temperature, self.head = groups, temperature, None
+        if groups.last_stage:
+            weight = model.output_layer.weight
+            assert weight is not None
+            self.head = Head(weight, groups.tp, valid_vocab)
+
+    def __call__(self, hidden: Tensor | None, keys: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Tokens, int64 ``[b]``, and their fp32 log-probabilities, from ``hidden [b, H]`` of the last stage."""
+        if self.head is None:
+            told = torch.empty(2, len(keys), dtype=torch.float64, device=keys.device)
+        else:
+            assert hidden is not None
+            noise = uniforms(keys, position) if self.temperature else None
+            drawn, logprobs = self.head.draw(hidden, self.temperature, noise)
+            if self.groups.pp_size == 1:
+                return drawn, logprobs
+            told = torch.stack([drawn.double(), logprobs.double()])  # fp64 holds token numbers exactly
+        dist.broadcast(told, group=self.groups.pp, group_src=self.groups.pp_size - 1)
+        return told[0].long(), told[1].float()
+
+
 @dataclass(kw_only=True)
 class _Batch:
     """Rows decoded together; a slot is a row that still takes part in the forward."""
@@ -147,7 +177,7 @@ class _Batch:
             peers=peers,
         )
 
-    def run(self, decoder: Decoder, head: Head, sampling: Sampling) -> list[Rollout]:
+    def run(self, decoder: Decoder, draw: _Draw, sampling: Sampling) -> list[Rollout]:
         """Decode until every row of every peer has stopped or reached its limit."""
         new, rows = self.tokens.shape
         stops = torch.tensor(sampling.stop_tokens, dtype=torch.int64, device=self.tokens.device)
@@ -155,8 +185,7 @@ class _Batch:
         alive = self.limits > 0
         hidden = decoder.prefill(self.prompts, self.lengths, new)
         for position in range(new):
-            noise = uniforms(self.keys[slots], position) if sampling.temperature else None
-            drawn, logprobs = head.draw(hidden, sampling.temperature, noise)
+            drawn, logprobs = draw(hidden, self.keys[slots], position)
             # Finished rows write too: what lies beyond their count is never read.
             self.tokens[position, slots], self.logprobs[position, slots] = drawn, logprobs
             self.counts[slots] += alive

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from pydantic import Field, ValidationError
 
-from megatron_mopd import checkpoint, display, parallel, presets, recipe_report
+from megatron_mopd import checkpoint, display, exchange, origins, parallel, presets, recipe_report
 from megatron_mopd.config import Config, ConfigurationError, Section, build_config
 from megatron_mopd.parallel import Groups
+from megatron_mopd.pattern import without_borders
+from megatron_mopd.quantization import recipes
 from megatron_mopd.settings import explain, merge, overlay, read_yaml
 from megatron_mopd.train import leave, reported, run_stage
 from megatron_mopd.update import LogprobLoss
@@ -83,7 +85,10 @@ def stage_config(recipe: Recipe, stage: Stage) -> Config:
 
 def run(recipe: Recipe, groups: Groups) -> None:
     """Run every stage that is not finished, in order; all are checked before the first is trained."""
-    configs = {stage.name: stage_config(recipe, stage) for stage in recipe.stages}
+    configs: dict[str, Config] = {}
+    for stage in recipe.stages:
+        written = {config.run.dir / "checkpoints": config.model for config in configs.values()}
+        configs[stage.name] = origins.resolved(stage_config(recipe, stage), written)
     for name, config in configs.items():
         presets.check(config)
         if config.parallel != configs[recipe.stages[0].name].parallel:
@@ -97,6 +102,7 @@ def run_unless_finished(config: Config, groups: Groups, title: str, objective: L
 
     The directory's ``stage.json`` says what it was started with, from its first moment.
     """
+    config = exchange.prepare(config, groups)
     marker, fingerprint = config.run.dir / "stage.json", _fingerprint(config)
     known = json.loads(marker.read_text()) if marker.exists() else None
     if known is not None and known["fingerprint"] != fingerprint:
@@ -107,6 +113,7 @@ def run_unless_finished(config: Config, groups: Groups, title: str, objective: L
     torch.distributed.barrier(groups.world)  # nobody starts while a peer still reads
     if known is not None and known["finished"]:
         display.note(groups.rank, f"stage {title}: finished and unchanged, kept")
+        exchange.export(config, groups)
         return
     leave(marker, {"fingerprint": fingerprint, "finished": False}, groups)
     run_stage(config, replace(groups, seed=config.run.seed), objective, title)
@@ -119,10 +126,18 @@ def _fingerprint(config: Config) -> str:
 
     So specialists serve runs on any layout, and a student's report speaks of the layout that made it.
     """
-    tree = config.model_dump(mode="json", exclude={"run": {"dir"}, "teachers": True, "kernels": True})
+    beside = {"run": {"dir"}, "checkpoint": {"cache", "export"}, "teachers": True, "kernels": True}
+    tree = config.model_dump(mode="json", exclude=beside)
     if config.objective.type == "mopd" and config.kernels.update == "logits":
         tree["kernels"] = "logits"  # of rounded logits; all other forms give the same result
     tree["batching"].pop("micro_batch_size")
+    tree["rollout"].pop("prefill_tokens")
+    tree["model"]["pattern"] = without_borders(config.model.pattern)
+    if config.quantization.train is None:
+        tree.pop("quantization")
+    else:
+        rules = recipes.load(config.quantization.train).rules
+        tree["quantization"]["train"] = [[rule.match, rule.format, rule.last_layers] for rule in rules]
     if not config.teachers:
         tree.pop("parallel")
     if start := tree["model"].pop("initial"):
@@ -130,7 +145,7 @@ def _fingerprint(config: Config) -> str:
     tree["teachers"] = {
         name: [
             checkpoint.read_manifest(t.checkpoint).get("checkpoint_id"),
-            t.model_dump(mode="json", exclude={"checkpoint"}),
+            t.model_dump(mode="json", exclude={"checkpoint"} | ({"nvfp4"} if not t.nvfp4 else set())),
         ]
         for name, t in config.teachers.items()
     }
@@ -161,8 +176,14 @@ def main() -> None:
         first, last = (stage_config(recipe, recipe.stages[i]) for i in (0, -1))
         groups = parallel.initialize(first.parallel, first.run.seed)
         run(recipe, groups)
-        if groups.rank == 0 and recipe.stages[-1].teachers and last.data.held_out:
-            recipe_report.publish(recipe.dir, [stage.name for stage in recipe.stages], last)
+        names = [stage.name for stage in recipe.stages]
+        if outside := sorted(last.teachers.keys() - set(names)):
+            display.note(
+                groups.rank,
+                f"no report on recovery: {', '.join(outside)} came as checkpoints and no stage measured their accuracy",
+            )
+        elif groups.rank == 0 and last.teachers and last.data.held_out:
+            recipe_report.publish(recipe.dir, names, last)
 
 
 if __name__ == "__main__":

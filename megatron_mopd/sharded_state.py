@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
@@ -36,7 +39,9 @@ def of(module: Any, optimizer: Any | None, groups: Groups, *, loading: bool = Fa
         _check_dtypes(part)
         _mend_order(part)
         _initialise(part)
-    return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
+    with _whole_buckets(optimizer):
+        state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    return {"model": model, "optimizer": state}
 
 
 def optimizer_step(optimizer: Any | None) -> float | None:
@@ -52,17 +57,23 @@ def optimizer_step(optimizer: Any | None) -> float | None:
 class Request:
     """The tensors that a model and an optimizer want from a checkpoint, checked by name and shape before any is read.
 
+    A collective: the pipeline stages' wishes are checked together, since only together they are the whole model.
     Raises :class:`ConfigurationError` listing what is missing, what is left over and what has another shape. Rows of
     the padded vocabulary may differ between layouts as long as both sides have the ``vocab_size`` real ones.
     """
 
-    def __init__(self, tensors: dict[str, Any], index: torch_dist.Index, vocab_size: int | None) -> None:
+    def __init__(
+        self, tensors: dict[str, Any], index: torch_dist.Index, vocab_size: int | None, groups: Groups
+    ) -> None:
         prepared, constants, self.factories = load_preprocess(tensors)
         self.index = index
         self.sharded, self.plain = extract_sharded_base(prepared)
         merge(self.plain, constants)
-        wanted = {s.key: s for s in nested_values(self.sharded) if isinstance(s, ShardedTensor)}
-        _compare(wanted, index, vocab_size, with_optimizer="optimizer" in tensors)
+        shards = [s for s in nested_values(self.sharded) if isinstance(s, ShardedTensor)]
+        wanted: list[Any] = [None] * groups.pp_size
+        mine = {s.key: (tuple(s.global_shape), s.allow_shape_mismatch) for s in shards}
+        dist.all_gather_object(wanted, mine, group=groups.pp)
+        _compare(dict(ChainMap(*wanted)), index, vocab_size, with_optimizer="optimizer" in tensors)
 
     @torch.no_grad()
     def fill(self, module: Any, optimizer: Any | None, step: float | None) -> None:
@@ -93,16 +104,20 @@ class Request:
 
 
 def _compare(
-    wanted: Mapping[str, ShardedTensor], index: torch_dist.Index, vocab_size: int | None, *, with_optimizer: bool
+    wanted: Mapping[str, tuple[tuple[int, ...], bool]],  # global shape, and whether padding may differ
+    index: torch_dist.Index,
+    vocab_size: int | None,
+    *,
+    with_optimizer: bool,
 ) -> None:
     stored = index.tensors
     mtp = any(key.startswith("mtp.") for key in wanted)
     prefixes = (*names.PREFIXES, "optimizer.") if with_optimizer else names.PREFIXES
     ours = {key for key in stored if key.startswith(prefixes) and (mtp or not key.startswith("mtp."))}
     misshapen = [
-        f"{key} {list(stored[key].shape)} in the file, {list(shard.global_shape)} in the model"
-        for key, shard in sorted(wanted.items())
-        if key in stored and not _fits(stored[key].shape, shard, vocab_size)
+        f"{key} {list(stored[key].shape)} in the file, {list(shape)} in the model"
+        for key, (shape, padded) in sorted(wanted.items())
+        if key in stored and not _fits(stored[key].shape, shape, vocab_size if padded else None)
     ]
     problems = [
         f"{what}: {_listed(items)}"
@@ -120,11 +135,10 @@ def _compare(
         )
 
 
-def _fits(shape: tuple[int, ...], shard: ShardedTensor, vocab_size: int | None) -> bool:
-    wanted = tuple(shard.global_shape)
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], vocab_size: int | None) -> bool:
     if shape == wanted:
         return True
-    if vocab_size is None or not shard.allow_shape_mismatch or shape[1:] != wanted[1:]:
+    if vocab_size is None or shape[1:] != wanted[1:]:
         return False
     return min(shape[0], wanted[0]) >= vocab_size
 
@@ -158,6 +172,26 @@ def _mend_order(part: Any) -> None:
     for group, (fp32, float16) in enumerate(zip(part.model_fp32_groups, part.model_float16_groups, strict=True)):
         for order, parameter in enumerate([*fp32, *float16]):
             part.model_param_group_index_map[parameter] = (group, order)
+
+
+@contextmanager
+def _whole_buckets(optimizer: Any) -> Iterator[None]:
+    """Within the block the distributed optimizer's buckets count their padding as their own.
+
+    mcore gathers the state of a buffer without the padding behind each bucket and then looks parameters up at offsets
+    with it (megatron-core 0.19), so that all behind the first padded bucket are saved shifted. A pipeline stage that
+    shares the embedding with another has a bucket for it; with overlap_grad_reduce there are more.
+    """
+    owners = [b for part in _parts(optimizer) for b in getattr(part, "buffers", ())]
+    owners += [bucket for buffer in owners for bucket in buffer.buckets]
+    sizes = [owner.numel_unpadded for owner in owners]
+    for owner in owners:
+        owner.numel_unpadded = owner.numel if hasattr(owner, "buckets") else owner.grad_data.numel()
+    try:
+        yield
+    finally:
+        for owner, size in zip(owners, sizes, strict=True):
+            owner.numel_unpadded = size
 
 
 def _initialise(part: Any) -> None:

@@ -50,7 +50,7 @@ def transformer_config(
     Raises :class:`ConfigurationError` for an override that is no TransformerConfig field (naming the nearest one) and
     for values that mcore refuses.
     """
-    preset = presets.resolve(model)
+    preset = presets.staged(presets.resolve(model), parallel)
     values: dict[str, Any] = preset.transformer_fields() | {"activation_func": squared_relu}
     if not mtp:
         values["mtp_num_layers"] = None
@@ -73,11 +73,11 @@ def _runtime_fields(model: Model, parallel: Parallel, precision: Precision) -> d
         "params_dtype": _DTYPES[precision],
         "bf16": precision == "bf16",
         "tensor_model_parallel_size": parallel.tensor,
-        "pipeline_model_parallel_size": parallel.pipeline,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
         # mcore refuses to train a mixture of experts under tensor parallelism without it.
         "sequence_parallel": parallel.tensor > 1,
+        **_pipeline_fields(parallel, precision),
         "moe_token_dispatcher_type": parallel.dispatcher,
         "moe_grouped_gemm": True,
         "moe_router_load_balancing_type": "none",
@@ -90,6 +90,24 @@ def _runtime_fields(model: Model, parallel: Parallel, precision: Precision) -> d
         "gradient_accumulation_fusion": False,
         "calculate_per_token_loss": True,
         "perform_initialization": False,  # megatron_mopd.initialization draws the weights
+    }
+
+
+def _pipeline_fields(parallel: Parallel, precision: Precision) -> dict[str, Any]:
+    several = parallel.pipeline > 1
+    return {
+        "pipeline_model_parallel_size": parallel.pipeline,
+        # The borders of the pattern say where stages begin, and a rank holds one stage.
+        "pipeline_model_parallel_layout": None,
+        "virtual_pipeline_model_parallel_size": None,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+        "pipeline_dtype": _DTYPES[precision] if several else None,
+        "variable_seq_lengths": several,  # micro-batches are as long as their longest sequence
+        "deallocate_pipeline_outputs": several,
+        # What mcore's schedule would refuse in the first step, or ask of the forward of each micro-batch.
+        "overlap_p2p_comm": False,
+        "num_microbatches_with_partial_activation_checkpoints": None,
     }
 
 
@@ -137,10 +155,11 @@ def build_model(
 ) -> HybridModel:
     """The plain model on its device, weights drawn from ``groups.seed`` alike on every layout; MTP heads on request.
 
-    Routers are frozen unless ``model.train_router``. Raises :class:`ConfigurationError` as :func:`transformer_config`.
+    Of several pipeline stages this rank's alone. Routers are frozen unless ``model.train_router``. Raises
+    :class:`ConfigurationError` as :func:`transformer_config`.
     """
     host.activate()
-    preset = presets.resolve(model)
+    preset = presets.staged(presets.resolve(model), parallel)
     config = transformer_config(model, parallel, precision, mtp)
     _check_recomputation(config)
     pattern = preset.pattern if mtp else preset.pattern.split("/")[0]
@@ -150,6 +169,8 @@ def build_model(
         vocab_size=padded_vocab_size(vocab_size, groups.tp_size),
         max_sequence_length=model.max_sequence_length,
         hybrid_layer_pattern=pattern,
+        pre_process=groups.first_stage,
+        post_process=groups.last_stage,
         position_embedding_type="none",
         share_embeddings_and_output_weights=False,
         pg_collection=groups.pg,
@@ -167,8 +188,25 @@ def _plain(model: nn.Module) -> Any:
 
 
 def has_mtp(model: nn.Module) -> bool:
-    """Whether the (wrapped) model was built with MTP heads."""
+    """Whether the (wrapped) model has MTP heads on this rank: of several pipeline stages only the last does."""
     return bool(_plain(model).mtp_process)
+
+
+def trunk(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Hidden states ``[s, b, H]`` (``[s/tp, b, H]`` under sequence parallelism) behind this rank's layers.
+
+    The first pipeline stage starts from ``tokens [b, s]``, each further one from what mcore's schedule has handed to
+    the model; the last one, or the only one, ends with the final norm.
+    """
+    hybrid = _plain(model)
+    embedded = None
+    if hybrid.pre_process:
+        # mcore reads position ids in no layer of this family.
+        embedded = hybrid.embedding(input_ids=tokens, position_ids=torch.zeros_like(tokens))
+        # A batch of one leaves strides by which torch picks another product for frozen weights than for trained ones,
+        # and a teacher equal to the student would score a last bit apart.
+        embedded = embedded.flatten(0, 1).unflatten(0, embedded.shape[:2])
+    return hybrid.decoder(hidden_states=embedded, attention_mask=None)
 
 
 def forward(model: nn.Module, tokens: Tensor, mtp: bool = False) -> StudentOutput:
@@ -176,21 +214,18 @@ def forward(model: nn.Module, tokens: Tensor, mtp: bool = False) -> StudentOutpu
 
     ``s`` must be a multiple of the tensor parallel size under sequence parallelism. What the MTP depths take from the
     trunk is detached, so its gradient is the same with and without ``mtp``; their loss detaches ``output_weight``, too.
-    Works on a wrapped model as well.
+    Works on a wrapped model as well; of several pipeline stages on the last, within :mod:`megatron_mopd.pipeline`.
     """
-    hybrid = _plain(model)
-    # mcore reads position ids in no layer of this family, but rolls them beside the tokens.
-    positions = torch.zeros_like(tokens)
-    embedded = hybrid.embedding(input_ids=tokens, position_ids=positions)
-    # A batch of one leaves strides by which torch picks another product for frozen weights than for trained ones, and a
-    # teacher equal to the student would score a last bit apart.
-    embedded = embedded.flatten(0, 1).unflatten(0, embedded.shape[:2])
-    hidden = hybrid.decoder(hidden_states=embedded, attention_mask=None)
+    hybrid, hidden = _plain(model), trunk(model, tokens)
     weight = _output_weight(hybrid.output_layer)
     if not mtp:
         return StudentOutput(hidden=hidden, output_weight=weight)
     stacked = hybrid.mtp(
-        input_ids=tokens, position_ids=positions, hidden_states=hidden, attention_mask=None, embedding=hybrid.embedding
+        input_ids=tokens,
+        position_ids=torch.zeros_like(tokens),
+        hidden_states=hidden,
+        attention_mask=None,
+        embedding=hybrid.embedding,
     )
     return StudentOutput(
         hidden=hidden, output_weight=weight, mtp_hidden=stacked.chunk(1 + hybrid.config.mtp_num_layers)[1:]

@@ -7,37 +7,31 @@ list of models that mcore trains, so that nothing moves their routers' expert bi
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import batched
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_mopd import batch as batches_of
-from megatron_mopd import checkpoint, masks, presets, provenance, student
+from megatron_mopd import checkpoint, exchange, masks, pipeline, provenance, quantized_teachers, student
 from megatron_mopd.config import Config, ConfigurationError, Model
+from megatron_mopd.conversion.model_settings import facts
 from megatron_mopd.parallel import Groups
-from megatron_mopd.predictions import Predictions, check_impl
+from megatron_mopd.predictions import OutputWeight, Predictions
 from megatron_mopd.records import MicroBatch, Rollout, ScoredRollout
-from mopd_kernels.dispatch import Impl
+from megatron_mopd.scoring import Scorer, check_logprobs
 from mopd_kernels.divergence import Head, divergence
+from mopd_kernels.nvfp4 import NVFP4Tensor
 
 if TYPE_CHECKING:
     from megatron_mopd.tokenizer import ChatTokenizer
 
 log = logging.getLogger(__name__)
-
-CERTAIN = 1e-4
-"""A log-probability above this is no rounding of 0 but a fault."""
-_HOW_NOT_WHAT = ("recompute_", "distribute_saved_activations")
-"""Overrides that change how a model is computed, not what it is."""
-
-
-class ScoringError(ValueError):
-    """A teacher gave a value that is no log-probability."""
 
 
 class TeacherPool:
@@ -49,22 +43,35 @@ class TeacherPool:
     """
 
     def __init__(self, config: Config, groups: Groups, tokenizer: ChatTokenizer) -> None:
-        self.groups, self.pad_token = groups, tokenizer.pad_token
+        config = exchange.prepare(config, groups)
+        self.groups = groups
         self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
         self.temperature = config.rollout.temperature
-        self._impl: Impl = config.kernels.impl
-        self._micro_batch_size = config.batching.micro_batch_size
-        self._dispatcher = config.parallel.dispatcher
+        self.scorer = Scorer(
+            groups=groups,
+            parallel=config.parallel,
+            vocab_size=self.vocab_size,
+            pad_token=tokenizer.pad_token,
+            micro_batch_size=config.batching.micro_batch_size,
+            temperature=self.temperature,
+            impl=config.kernels.impl,
+        )
         self._teacher_of = {domain: name for name, teacher in config.teachers.items() for domain in teacher.domains}
         self._models = {name: teacher.model or config.model for name, teacher in config.teachers.items()}
         for name in config.teachers:
-            _check_manifest(name, config, self._models[name], tokenizer, self.vocab_size)
+            _check_manifest(name, config, tokenizer, self.vocab_size)
+        self._checkpoints = {name: teacher.checkpoint for name, teacher in config.teachers.items()}
         self.ids: dict[str, str] = {}  # teacher name -> checkpoint_id
-        self._weights: dict[str, dict[str, Tensor]] = {}  # checkpoint_id -> host copy of parameters and buffers
+        self.nvfp4 = {name: tuple(sorted(teacher.nvfp4)) for name, teacher in config.teachers.items()}
+        self._weights: dict[str, dict[str, quantized_teachers.Stored]] = {}  # _key of a teacher -> host copies
         self._residents: dict[str, Any] = {}  # architecture -> the model on the device
-        self._present: dict[str, str] = {}  # architecture -> checkpoint_id of the weights in it
+        self._present: dict[str, str] = {}  # architecture -> _key of the teacher whose weights are in it
         for name in config.teachers:
             self._load(name, config)
+        for architecture, resident in self._residents.items():
+            served = [n for n, model in self._models.items() if _architecture(model) == architecture]
+            if all("output_weight" in self.nvfp4[n] for n in served):
+                quantized_teachers.give_output_weight(resident, 0)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,161 +104,226 @@ class TeacherPool:
         for index, rollout in enumerate(rollouts):
             turns[self.route(rollout.prompt.domain)].append(index)
         scored: dict[int, ScoredRollout] = {}
-        for name, model, micro_batches in self._visits(rollouts, turns):
-            flat = torch.cat([self._logprobs(model, mb) for mb in micro_batches]).cpu()
+        for name, model, micro_batches in self.visits(rollouts, turns):
+            weight = self.packed_output_weight(name)
+            flat, hidden = (
+                quantized_teachers.score(self.scorer, model, micro_batches, weight)
+                if "hidden" in self.nvfp4[name]
+                else (self.scorer.logprobs(model, micro_batches, weight), None)
+            )
             own = [rollouts[i] for i in turns[name]]
             parts = flat.split([len(rollout.completion) for rollout in own])
+            stop = 0
             for index, rollout, logprobs in zip(turns[name], own, parts, strict=True):
-                _check_logprobs(logprobs, name, rollout)
-                signed = provenance.scored_by(rollout, self.ids[name])
-                scored[index] = ScoredRollout(rollout=signed, teacher=name, teacher_logprobs=logprobs.clone())
+                check_logprobs(logprobs, f"teacher {name!r}", f"prompt {rollout.prompt.id} ({rollout.prompt.domain})")
+                start, stop = stop, stop + len(logprobs)
+                scored[index] = ScoredRollout(
+                    rollout=provenance.scored_by(rollout, self.ids[name], self.nvfp4[name]),
+                    teacher=name,
+                    teacher_logprobs=logprobs.clone(),
+                    teacher_hidden=None if hidden is None else quantized_teachers.rows(hidden, start, stop),
+                )
         return [scored[index] for index in range(len(rollouts))]
 
     @torch.no_grad()
     def reverse_kl(
-        self, model: torch.nn.Module, rollouts: Sequence[Rollout], all_pairs: bool = False
+        self, model: torch.nn.Module, rollouts: Sequence[Rollout | ScoredRollout], all_pairs: bool = False
     ) -> dict[str, dict[str, float]]:
         """``{teacher: {domain: nats}}``: exact KL(student || teacher), mean over completion tokens of all ranks'
         rollouts.
 
         ``model`` is the (wrapped) student. Each domain is held against its own teacher, or with ``all_pairs`` against
-        every one. Domains without tokens are left out. Equal on all ranks.
+        every one. A teacher does not run again for rollouts that carry the hidden states it scored them with; its
+        distribution is then that of these states, in NVFP4. Domains without tokens are left out. Equal on all ranks.
         """
         turns: dict[str, list[int]] = {name: [] for name in self.names}
-        for index, rollout in enumerate(rollouts):
+        for index, rollout in enumerate(map(_plain, rollouts)):
             for name in self.names if all_pairs else (self.route(rollout.prompt.domain),):
                 turns[name].append(index)
         domains = list(self._teacher_of)
         sums = torch.zeros(len(turns), len(domains), 2, dtype=torch.float64, device=self.groups.device)
         was_training = model.training
         model.eval()
-        for name, teacher, micro_batches in self._visits(rollouts, turns):
-            for mb in micro_batches:
-                ours, theirs = self._predictions(model, mb), self._predictions(teacher, mb)
-                heads = (Head(p.hidden, p.weight) for p in (ours, theirs))
-                kl = divergence("reverse_kl", *heads, **ours.options).value.double()
-                of_row = torch.tensor([domains.index(d) if d else 0 for d in mb.domains])
-                column = of_row[masks.segments(mb.cu_seqlens, len(mb.targets))].to(kl.device)
-                sums[self.names.index(name)].index_add_(0, column, torch.stack([kl, torch.ones_like(kl)], dim=1))
+        for name, mb, ours, theirs in self._pairs(model, rollouts, turns):
+            kl = divergence("reverse_kl", Head(ours.hidden, ours.weight), theirs, **ours.options).value.double()
+            of_row = torch.tensor([domains.index(d) if d else 0 for d in mb.domains])
+            column = of_row[masks.segments(mb.cu_seqlens, len(mb.targets))].to(kl.device)
+            sums[self.names.index(name)].index_add_(0, column, torch.stack([kl, torch.ones_like(kl)], dim=1))
         model.train(was_training)
+        dist.all_reduce(sums, group=self.groups.pp)  # stages before the last one added nothing
         dist.all_reduce(sums, group=self.groups.dp)
         return {
             name: {d: total / tokens for d, (total, tokens) in zip(domains, row, strict=True) if tokens}
             for name, row in zip(self.names, sums.tolist(), strict=True)
         }
 
-    def _visits(
+    def _pairs(
+        self, model: Any, rollouts: Sequence[Rollout | ScoredRollout], turns: Mapping[str, list[int]]
+    ) -> Iterator[tuple[str, MicroBatch, Predictions, Head]]:
+        """Teacher by teacher, what the student and it predict, on the last pipeline stage; hidden states of as many
+        micro-batches as there are stages are in memory at once."""
+        plain = [_plain(item) for item in rollouts]
+        kept, rest = (
+            {n: [i for i in turn if self._kept_hidden(n, rollouts[i]) is wanted] for n, turn in turns.items()}
+            for wanted in (True, False)
+        )
+        for name, teacher, micro_batches in self.visits(plain, rest):
+            weight = self.packed_output_weight(name)
+            for part in batched(micro_batches, self.groups.pp_size):
+                ours = self.predict(model, part)
+                theirs = self.predict(teacher, part, weight)
+                for mb, p, q in zip(part, ours, theirs, strict=self.groups.last_stage):
+                    yield name, mb, p, Head(q.hidden, q.weight)
+        for name, turn in kept.items():
+            micro_batches = self.scorer.even(self.scorer.pack([plain[i] for i in turn]))
+            hidden = [item.teacher_hidden for i in turn if isinstance(item := rollouts[i], ScoredRollout)]
+            heads = self._heads(name, hidden, micro_batches) if self.groups.last_stage else iter(())
+            for part in batched(micro_batches, self.groups.pp_size):
+                for mb, p in zip(part, self.predict(model, part), strict=self.groups.last_stage):
+                    yield name, mb, p, next(heads)
+
+    def predict(
+        self, model: Any, micro_batches: Sequence[MicroBatch], weight: OutputWeight | None = None
+    ) -> list[Predictions]:
+        """What ``model`` predicts in each micro-batch, on the last pipeline stage; empty on others."""
+        return pipeline.read(model, micro_batches, lambda mb: self.scorer.predictions(model, mb, weight), self.groups)
+
+    def _heads(
+        self, name: str, kept: Sequence[NVFP4Tensor | None], micro_batches: Sequence[MicroBatch]
+    ) -> Iterator[Head]:
+        """A teacher's distributions at the tokens of the micro-batches, from hidden states that rollouts carry."""
+        weight: Any = quantized_teachers.moved(self._output_weight(name), self.groups.device)
+        hidden = quantized_teachers.joined([h for h in kept if h is not None], weight.shape[1])
+        stop = 0
+        for mb in micro_batches:
+            start, stop = stop, stop + len(mb.targets)
+            own: Any = quantized_teachers.rows(hidden, start, stop)
+            yield Head(quantized_teachers.moved(own, self.groups.device), weight)
+
+    def _kept_hidden(self, name: str, item: Rollout | ScoredRollout) -> bool:
+        """Whether the item carries the hidden states of this teacher; the same on all pipeline stages, of which the
+        last one has them."""
+        return isinstance(item, ScoredRollout) and item.teacher == name and "hidden" in self.nvfp4[name]
+
+    def _output_weight(self, name: str) -> Tensor | NVFP4Tensor:
+        """On the host; on the last pipeline stage."""
+        stored = self.stored(name)[quantized_teachers.OUTPUT_WEIGHT]
+        assert not isinstance(stored, tuple)
+        return stored
+
+    def packed_output_weight(self, name: str) -> NVFP4Tensor | None:
+        """On the device, for a teacher that keeps it packed: the resident model has no place for it."""
+        if "output_weight" not in self.nvfp4[name] or not self.groups.last_stage:
+            return None
+        stored = self._output_weight(name)
+        assert isinstance(stored, NVFP4Tensor)
+        return quantized_teachers.moved(stored, self.groups.device)
+
+    def stored(self, name: str) -> Mapping[str, quantized_teachers.Stored]:
+        """What host memory holds of a teacher's parameters and buffers, by name."""
+        return self._weights[self._key(name)]
+
+    def resident(self, name: str) -> Any:
+        """The model on the device that a teacher shares with others of its architecture; it may hold their weights."""
+        return self._residents[_architecture(self._models[name])]
+
+    @contextmanager
+    def unquantized(self, name: str) -> Iterator[Any]:
+        """Within the block the teacher's resident model, read again from its checkpoint; all ranks enter together."""
+        resident = self.resident(name)
+        bare = self.groups.last_stage and not len(resident.output_layer.weight)
+        if bare:
+            rows = student.padded_vocab_size(self.vocab_size, self.groups.tp_size) // self.groups.tp_size
+            quantized_teachers.give_output_weight(resident, rows)
+        self._read_checkpoint(name)
+        yield resident
+        if bare:
+            quantized_teachers.give_output_weight(resident, 0)
+
+    def _key(self, name: str) -> str:
+        """Of what is stored of a teacher: equal checkpoints, equally packed, share one host copy."""
+        return " ".join([self.ids[name], *(part for part in self.nvfp4[name] if part != "hidden")])
+
+    def visits(
         self, rollouts: Sequence[Rollout], turns: Mapping[str, list[int]]
     ) -> Iterator[tuple[str, Any, list[MicroBatch]]]:
         """Each teacher that any data-parallel rank needs, loaded, with this rank's micro-batches for it.
 
         All ranks get as many micro-batches, if empty ones, and so run the same collectives in the same order.
         """
-        width = self.groups.tp_size
-        packed = {
-            name: batches_of.pack(
-                [rollouts[i] for i in turn], self._micro_batch_size, self.pad_token, length_multiple=width
-            )
-            for name, turn in turns.items()
-        }
+        packed = {name: self.scorer.pack([rollouts[i] for i in turn]) for name, turn in turns.items()}
         for name in self.names:
-            if micro_batches := batches_of.even(packed[name], self.pad_token, self.groups, self._dispatcher):
+            if micro_batches := self.scorer.even(packed[name]):
                 yield name, self._swap_in(name), micro_batches
-
-    def _logprobs(self, model: Any, micro_batch: MicroBatch) -> Tensor:
-        return self._predictions(model, micro_batch).logprobs(micro_batch.targets)
-
-    def _predictions(self, model: Any, micro_batch: MicroBatch) -> Predictions:
-        out = student.forward(model, micro_batch.tokens.to(self.groups.device))
-        plain: Any = unwrap_model(model)
-        hidden = student.gather_hidden(out.hidden, self.groups, plain.config)
-        return Predictions(
-            hidden[micro_batch.rows.to(hidden.device)],
-            out.output_weight,
-            temperature=self.temperature,
-            group=self.groups.tp,
-            valid_vocab=self.vocab_size,
-            impl=self._impl,
-        )
 
     def _swap_in(self, name: str) -> Any:
         """The resident model of the teacher's architecture, holding its weights."""
-        key, wanted = _architecture(self._models[name]), self.ids[name]
+        key, wanted = _architecture(self._models[name]), self._key(name)
         if self._present[key] != wanted:
-            for tensor_name, tensor in _tensors(self._residents[key]):
-                tensor.copy_(self._weights[wanted][tensor_name], non_blocking=True)
+            quantized_teachers.fill(self._residents[key], self._weights[wanted], self.scorer.impl)
             self._present[key] = wanted
         return self._residents[key]
 
     def _load(self, name: str, config: Config) -> None:
         path, key = config.teachers[name].checkpoint, _architecture(self._models[name])
         if key not in self._residents:
-            precision = presets.resolve_precision(config.run.precision, self.groups.device)
-            model = student.build_model(
-                self._models[name], config.parallel, self.groups, self.vocab_size, precision, mtp=False
-            )
-            check_impl(self._impl, model.get_parameter("output_layer.weight"), f"teachers.{name}")
-            self._residents[key], self._present[key] = model.eval().requires_grad_(False), ""
-        try:
-            self.ids[name] = checkpoint.load_weights(path, self._residents[key], self.groups)["checkpoint_id"]
-        except ConfigurationError as error:
-            raise ConfigurationError(f"teachers.{name}.checkpoint = {path}: {error}") from None
-        self._present[key] = self.ids[name]
-        if self.ids[name] not in self._weights:  # equal checkpoints share one host copy
-            self._weights[self.ids[name]] = {n: _host_copy(t) for n, t in _tensors(self._residents[key])}
+            built = self.scorer.build(self._models[name], config.run.precision, f"teachers.{name}")
+            self._residents[key], self._present[key] = built, ""
+        self.ids[name] = self._read_checkpoint(name)
+        if (stored := self._key(name)) not in self._weights:
+            try:
+                self._weights[stored] = quantized_teachers.store(
+                    self._residents[key], self.nvfp4[name], self.groups, self.vocab_size, self.scorer.impl
+                )
+            except ConfigurationError as error:
+                raise ConfigurationError(f"teachers.{name}.{error}") from None
         log.info("teacher %s: %s from %s", name, self.ids[name][:12], path)
 
+    def _read_checkpoint(self, name: str) -> str:
+        """The checkpoint_id; its resident model then holds the weights as they are in the checkpoint."""
+        path, key = self._checkpoints[name], _architecture(self._models[name])
+        try:
+            found = checkpoint.load_weights(path, self._residents[key], self.groups)["checkpoint_id"]
+        except ConfigurationError as error:
+            raise ConfigurationError(f"teachers.{name}.checkpoint = {path}: {error}") from None
+        self._present[key] = found  # the key of a teacher that packs nothing
+        return found
 
-def _check_manifest(name: str, config: Config, model: Model, tokenizer: ChatTokenizer, vocab_size: int) -> None:
-    """Refuse a teacher whose checkpoint says that it reads text otherwise or is built otherwise."""
+
+def _check_manifest(name: str, config: Config, tokenizer: ChatTokenizer, vocab_size: int) -> None:
+    """Refuse a teacher whose checkpoint says that it reads text otherwise."""
     where = f"teachers.{name}.checkpoint = {config.teachers[name].checkpoint}"
     try:
         manifest = checkpoint.read_manifest(config.teachers[name].checkpoint)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from None
-    facts = {"tokenizer_sha": tokenizer.tokenizer_sha, "template_sha": tokenizer.template_sha, "vocab_size": vocab_size}
-    for key, ours in facts.items():
+    reads = {"tokenizer_sha": tokenizer.tokenizer_sha, "template_sha": tokenizer.template_sha, "vocab_size": vocab_size}
+    for key, ours in reads.items():
         if key not in manifest:
             raise ConfigurationError(
                 f"{where}: its mopd_manifest.json lacks {key}, so nothing says that it reads text as the student does;"
-                f" write tokenizer_sha, template_sha and vocab_size into it (the student has {facts})"
+                f" {_way_out(manifest)} (the student has {reads})"
             )
         if manifest[key] != ours:
             raise ConfigurationError(
                 f"{where}: its {key} is {manifest[key]!r}, the student's {ours!r}; a teacher must share tokenizer, chat"
                 " template and vocabulary with the student: name another checkpoint or the tokenizer it was made with"
             )
-    if "model" in manifest and _architecture(manifest["model"]) != _architecture(model):
-        raise ConfigurationError(
-            f"{where}: was written by the model {_architecture(manifest['model'])}, expected {_architecture(model)};"
-            f" give it as teachers.{name}.model or name another checkpoint"
-        )
 
 
-def _architecture(model: Model | Mapping[str, Any]) -> str:
+def _architecture(model: Model) -> str:
     """What decides a model's function without its MTP heads, as text to compare."""
-    fields = model.model_dump(mode="json") if isinstance(model, Model) else model
-    pattern = fields.get("pattern") or presets.PRESETS[fields["preset"]].pattern
-    override = {k: v for k, v in sorted(fields.get("override", {}).items()) if not k.startswith(_HOW_NOT_WHAT)}
-    return f"{fields['preset']} {pattern.split('/')[0]} {override}"
+    return json.dumps(facts(model), sort_keys=True)
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name; the routers' expert bias is a buffer."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().to("cpu", copy=True)
-    return copy.pin_memory() if tensor.is_cuda else copy
-
-
-def _check_logprobs(logprobs: Tensor, teacher: str, rollout: Rollout) -> None:
-    bad = ~(logprobs.isfinite() & (logprobs <= CERTAIN))
-    if bad.any():
-        position = int(bad.nonzero()[0, 0])
-        raise ScoringError(
-            f"teacher {teacher!r} gives log-probability {float(logprobs[position])} to completion token {position} of"
-            f" prompt {rollout.prompt.id} ({rollout.prompt.domain}); its weights are damaged or its precision too low"
+def _way_out(manifest: Mapping[str, Any]) -> str:
+    if checkpoint.COMPANIONS in manifest and "run_id" not in manifest:  # of a conversion
+        return (
+            "put the tokenizer's files, chat template included, beside config.json of the Hugging Face directory it was"
+            " converted from"
         )
+    return "write tokenizer_sha, template_sha and vocab_size into it"
+
+
+def _plain(item: Rollout | ScoredRollout) -> Rollout:
+    return item.rollout if isinstance(item, ScoredRollout) else item

@@ -160,8 +160,8 @@ def _stop_tokens(path: Path) -> list[int]:
         return []
     try:
         ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except ValueError as error:
-        raise ConfigurationError(f"{file}: not valid JSON: {error}") from None
+    except (ValueError, AttributeError) as error:
+        raise ConfigurationError(f"{file}: no JSON object: {error}; take it from its source again") from None
     return [] if ends is None else [int(e) for e in (ends if isinstance(ends, list) else [ends])]
 
 

@@ -15,14 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd import display, parallel, presets
+from megatron_mopd import display, exchange, origins, parallel, presets
 from megatron_mopd.checkpoint import CheckpointError
 from megatron_mopd.config import Config, ConfigurationError, load_config
 from megatron_mopd.files import atomically
 from megatron_mopd.metrics import MetricsWriter
 from megatron_mopd.parallel import Groups
 from megatron_mopd.provenance import ProvenanceError
-from megatron_mopd.teachers import ScoringError
+from megatron_mopd.scoring import ScoringError
 from megatron_mopd.trainer import Trainer
 from megatron_mopd.update import LogprobLoss
 
@@ -38,6 +38,8 @@ def run_stage(config: Config, groups: Groups, objective: LogprobLoss | None = No
     """
     trainer = Trainer(config, groups, objective)
     resumed = trainer.resume()
+    if trainer.step_index < config.run.steps:
+        exchange.check_export(config, trainer.companions)
     if trainer.teachers is not None and trainer.held_out and not resumed:
         leave(config.run.dir / "before.json", trainer.measure(config.evaluation.final_samples), groups)
     with (
@@ -53,9 +55,11 @@ def run_stage(config: Config, groups: Groups, objective: LogprobLoss | None = No
 
         trainer.run(report)
     result = trainer.measure(config.evaluation.final_samples) if trainer.held_out else {}
+    result |= trainer.measure_teachers(config.evaluation.samples) if trainer.held_out else {}
     result |= {"history": trainer.history, "wall_s": trainer.wall_s, "parallel": config.parallel.model_dump()}
     result |= {"versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}}
     leave(config.run.dir / "result.json", result, groups)
+    exchange.export(config, groups)
 
 
 def leave(path: Path, tree: Mapping[str, Any], groups: Groups) -> None:
@@ -86,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     display.setup_logging(int(os.environ.get("RANK", "0")))
     with reported():
-        config = load_config(arguments.config, arguments.overrides)
+        config = origins.resolved(load_config(arguments.config, arguments.overrides))
         presets.check(config)
         run_stage(config, parallel.initialize(config.parallel, config.run.seed))
 

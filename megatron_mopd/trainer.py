@@ -9,12 +9,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_mopd import batch, checkpoint, evaluation, metrics, presets, provenance, student
+from megatron_mopd import (
+    batch,
+    checkpoint,
+    companions,
+    evaluation,
+    exchange,
+    metrics,
+    presets,
+    provenance,
+    student,
+    teacher_precision,
+)
 from megatron_mopd.config import Config, ConfigurationError, Mopd
 from megatron_mopd.objectives.cross_entropy import cross_entropy_loss
 from megatron_mopd.objectives.mopd import mopd_loss, mopd_objective, mopd_of_logits
 from megatron_mopd.objectives.outcome import group_advantages
 from megatron_mopd.parallel import Groups
+from megatron_mopd.pattern import without_borders
 from megatron_mopd.prompts import check_disjoint, load_prompts
 from megatron_mopd.records import MicroBatch, Policy, Prompt, Rollout, ScoredRollout
 from megatron_mopd.rollout import Sampler
@@ -35,9 +47,11 @@ class Trainer:
 
     def __init__(self, config: Config, groups: Groups, objective: LogprobLoss | None = None) -> None:
         self._elapsed, self._started = 0.0, time.perf_counter()
-        self.config, self.groups = config, groups
+        config = exchange.resolved(config, groups)
         self.tokenizer = build_tokenizer(config.tokenizer)
-        self.vocab_size = _vocab_size(config, self.tokenizer)
+        self.vocab_size = _vocab_size(config, self.tokenizer)  # before hours of conversion
+        config = exchange.prepare(config, groups)
+        self.config, self.groups = config, groups
         precision = presets.resolve_precision(config.run.precision, groups.device)
         self.held_out = load_prompts(
             config.data.held_out, self.tokenizer, config.model.max_sequence_length, need_verifier=True
@@ -45,14 +59,18 @@ class Trainer:
         self.teachers = TeacherPool(config, groups, self.tokenizer) if config.teachers else None
         model = student.build_model(config.model, config.parallel, groups, self.vocab_size, precision, mtp=True)
         self.initial_id: str | None = None
+        manifest: dict[str, Any] = {}
         if config.model.initial is not None:
             manifest = checkpoint.load_weights(config.model.initial, model, groups)
             self.initial_id = manifest["checkpoint_id"]
             reads = {"tokenizer_sha": self.tokenizer.tokenizer_sha, "template_sha": self.tokenizer.template_sha}
             known = {key: value for key, value in reads.items() if key in manifest}  # other programs write none
             provenance.check_manifest(manifest, known, where=f"model.initial = {config.model.initial}")
+        self.companions = companions.of_run(config.model, manifest, self.tokenizer, precision, groups)
         self.learner = Learner(model, config, groups, self.vocab_size, self.tokenizer.pad_token)
-        self.sampler = Sampler(model, groups, config.model.max_sequence_length, valid_vocab=self.vocab_size)
+        self.sampler = Sampler(
+            model, groups, config.model.max_sequence_length, self.vocab_size, config.rollout.prefill_tokens
+        )
         self.source: DatasetSource | RolloutSource = (
             DatasetSource(config, groups, self.tokenizer)
             if config.source.type == "dataset"
@@ -214,6 +232,20 @@ class Trainer:
             self.config.evaluation.batch_size,
         )
 
+    def measure_teachers(self, samples: int) -> dict[str, Any]:
+        """What teachers in NVFP4 cost and save on ``samples`` rollouts per domain of held-out prompts; JSON values,
+        empty where none is. See :func:`teacher_precision.measure`."""
+        if self.teachers is None or not any(self.teachers.nvfp4.values()) or isinstance(self.source, DatasetSource):
+            return {}
+        rollouts = evaluation.sample(
+            self.sampler,
+            evaluation.held_out(self.held_out, samples),
+            self.source.sampling,
+            self.groups,
+            self.config.evaluation.batch_size,
+        )
+        return {"teacher_nvfp4": teacher_precision.measure(self.teachers, rollouts)}
+
     def _evaluate_on_the_way(self) -> dict[str, float]:
         with self._timed("evaluate"):
             result = self.accuracy(self.config.evaluation.samples)
@@ -231,24 +263,27 @@ class Trainer:
             "schedule": self.learner.schedule.state_dict(),
             "wall_s": self.wall_s,
         }
-        checkpoint.save(
-            self.config.run.dir / "checkpoints",
-            self.step_index,
-            self.learner.model,
-            self.learner.optimizer,
-            self.groups,
-            state=state,
-            rollouts=[list(rollouts) for rollouts in self.in_flight],
-            manifest=self._manifest(),
-            keep=self.config.checkpoint.keep,
-        )
+        with self.learner.originals():
+            checkpoint.save(
+                self.config.run.dir / "checkpoints",
+                self.step_index,
+                self.learner.model,
+                self.learner.optimizer,
+                self.groups,
+                state=state,
+                rollouts=[list(rollouts) for rollouts in self.in_flight],
+                manifest=self._manifest() | self.companions.manifest,
+                companions=self.companions.files,
+                keep=self.config.checkpoint.keep,
+            )
 
     def resume(self) -> bool:
         """Load the newest complete checkpoint of this run, if there is one."""
         root = self.config.run.dir / "checkpoints"
         if checkpoint.latest(root) is None:
             return False
-        found = checkpoint.load(root, self.learner.model, self.learner.optimizer, self.groups)
+        with self.learner.originals():
+            found = checkpoint.load(root, self.learner.model, self.learner.optimizer, self.groups)
         provenance.check_manifest(found.manifest, self._manifest(), where=str(root))
         self.step_index = found.state["step"]
         self.source.load_state_dict(found.state["source"])
@@ -266,9 +301,11 @@ class Trainer:
             "tokenizer_sha": self.tokenizer.tokenizer_sha,
             "template_sha": self.tokenizer.template_sha,
             "vocab_size": self.vocab_size,
-            "model": self.config.model.model_dump(mode="json", exclude={"initial"}),
+            "model": self.config.model.model_dump(mode="json", exclude={"initial"})
+            | {"pattern": without_borders(self.config.model.pattern)},
             "teachers": {
                 name: {"checkpoint_id": self.teachers.ids[name], "domains": sorted(teacher.domains)}
+                | ({"nvfp4": sorted(teacher.nvfp4)} if teacher.nvfp4 else {})
                 for name, teacher in self.config.teachers.items()
             }
             if self.teachers is not None
@@ -281,7 +318,12 @@ def _vocab_size(config: Config, tokenizer: ChatTokenizer) -> int:
     given = config.model.vocab_size
     if given is not None and given != tokenizer.vocab_size:
         raise ConfigurationError(
-            f"model.vocab_size = {given}, but the tokenizer has {tokenizer.vocab_size} tokens; leave the setting out,"
-            " or name the tokenizer of these weights"
+            f"model.vocab_size = {given}{_whose(config)}, but the tokenizer has {tokenizer.vocab_size} tokens; name the"
+            " tokenizer of these weights under tokenizer (type huggingface and path), or leave the setting out for"
+            " weights that are drawn"
         )
     return tokenizer.vocab_size
+
+
+def _whose(config: Config) -> str:
+    return f", of {config.model.initial}" if config.model.initial else ""

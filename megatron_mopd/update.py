@@ -7,6 +7,7 @@ import difflib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,10 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from torch import Tensor
 
 from megatron_mopd import batch as batches_of
-from megatron_mopd import student
+from megatron_mopd import fake_quantization, pipeline, student
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.objectives.mtp import mtp_cross_entropy
 from megatron_mopd.parallel import Groups
@@ -42,7 +42,7 @@ def of_logprobs(loss: LogprobLoss) -> Objective:
 class StepOutput:
     """What one optimizer step leaves behind."""
 
-    loss: float  # global
+    loss: float  # global; all fields are the same on every pipeline stage
     mtp_loss: float  # global, before its weight; 0 without MTP
     grad_norm: float  # the trunk's, before clipping
     mtp_grad_norm: float  # 0 without MTP
@@ -58,7 +58,8 @@ class Learner:
         self.train_mtp = config.mtp.train and student.has_mtp(model)
         if not self.train_mtp and student.has_mtp(model):
             model.mtp.requires_grad_(False)
-        check_impl(config.kernels.impl, model.output_layer.weight, "the student")
+        if groups.last_stage:
+            check_impl(config.kernels.impl, model.output_layer.weight, "the student")
         self.model = _wrap(model, config, groups)
         self.model.broadcast_params()
         self.optimizer = _optimizer(self.model, config, groups)
@@ -66,20 +67,33 @@ class Learner:
         model.config.finalize_model_grads_func = _finalize
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.no_sync_func = self.model.no_sync
+        # From here on the parameters hold what a quantized checkpoint would give, where that is asked for.
+        self.quantization = fake_quantization.of(config, self.model, groups)
 
     @property
     def module(self) -> Any:
         """The plain model inside DDP."""
         return self.model.module
 
-    def logprobs(self, micro_batch: MicroBatch) -> Tensor:
-        """fp32 [T]: log-probability of each completion token at the sampling temperature, under the current weights."""
-        return self._forward(micro_batch, mtp=False)[0].logprobs(micro_batch.targets)
+    def originals(self) -> AbstractContextManager[None]:
+        """Within the block the model holds the high-precision weights, which are what is stepped, saved and loaded."""
+        return nullcontext() if self.quantization is None else self.quantization.originals()
+
+    def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """fp32 ``[T]`` of each: its completion tokens' log-probabilities at the sampling temperature, under the current
+        weights and without gradient. Every rank calls it with as many micro-batches."""
+        return pipeline.read_tokens(
+            self.model,
+            micro_batches,
+            lambda mb: self._forward(mb, mtp=False)[0].logprobs(mb.targets),
+            self.groups,
+        )
 
     def with_prox(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The same micro-batches with ``prox_logprobs``: log pi_prox of Eq. 2, the policy before the updates."""
-        with torch.no_grad():
-            return [dataclasses.replace(mb, prox_logprobs=self.logprobs(mb)) for mb in self._even(micro_batches)]
+        even = self._even(micro_batches)
+        pairs = zip(even, self.logprobs(even), strict=True)
+        return [dataclasses.replace(mb, prox_logprobs=logprobs) for mb, logprobs in pairs]
 
     def counts(self, micro_batches: Sequence[MicroBatch]) -> Counts:
         """Global completion tokens and sequences of one optimizer step, before any mask of the objective."""
@@ -100,22 +114,21 @@ class Learner:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = forward_backward_no_pipelining(
-            forward_step_func=lambda iterator, _: self._forward_step(next(iterator), objective, counts, grad_scale),
-            data_iterator=iter(micro_batches),
-            model=[self.model],
-            num_microbatches=len(micro_batches),
-            seq_length=0,  # unused without pipelining
-            micro_batch_size=0,
-            pg_collection=self.groups.pg,
+        outputs = pipeline.train(
+            self.model, micro_batches, lambda mb: self._loss(mb, objective, counts, grad_scale), self.groups
         )
         lr = float(self.optimizer.param_groups[0]["lr"])
-        success, grad_norm, _ = self.optimizer.step()
-        self._check_norms(grad_norm)
+        with self.originals():
+            success, grad_norm, _ = self.optimizer.step()
+            if self.model.ddp_config.overlap_param_gather:  # sampling and checkpoints read weights past mcore's hooks
+                self.model.start_param_sync(force_sync=True)
+            self._check_norms(grad_norm)
         if not success:  # mcore leaves the weights alone beyond optimizer.options.grad_norm_skip_threshold
             log.warning("gradient norm %.3g is above the threshold: this optimizer step is skipped", grad_norm)
         self.schedule.step(increment=1)
-        losses = torch.stack([torch.stack([o["loss"], o["mtp_loss"]]) for o in outputs]).sum(0)
+        totals = [{"losses": torch.stack([losses for losses, _ in outputs]).sum(0)}] if outputs else []
+        total, *per_token = pipeline.tell([*totals, *(values for _, values in outputs)], self.groups)
+        losses = total["losses"]
         torch.distributed.all_reduce(losses, group=self.groups.dp)
         return StepOutput(
             loss=float(losses[0]),
@@ -123,7 +136,7 @@ class Learner:
             grad_norm=float(grad_norm),
             mtp_grad_norm=float(self.optimizer.grad_norms_by_group.get("mtp", 0.0)),
             lr=lr,
-            per_token=[(mb, o["per_token"]) for mb, o in zip(micro_batches, outputs, strict=True)],
+            per_token=list(zip(micro_batches, per_token, strict=True)),
         )
 
     def _even(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -165,9 +178,10 @@ class Learner:
         """Log-probabilities are taken at the temperature the tokens were sampled at; a dataset has none."""
         return self.config.rollout.temperature if self.config.source.type == "rollout" else 1.0
 
-    def _forward_step(
+    def _loss(
         self, micro_batch: MicroBatch, objective: Objective, counts: Counts, grad_scale: float
-    ) -> tuple[Tensor, Callable]:
+    ) -> tuple[Tensor, tuple[Tensor, Mapping[str, Tensor]]]:
+        """What to minimise; the objective's loss and that of the MTP heads ``[2]``, and the values per token."""
         predictions, mtp_hidden = self._forward(micro_batch, self.train_mtp, grad_scale)
         output = objective(predictions, micro_batch, counts)
         loss, mtp_loss = output.loss, output.loss.new_zeros(())
@@ -182,10 +196,7 @@ class Learner:
                 impl=self.config.kernels.impl,
             ).loss
             loss = loss + self.config.mtp.weight * mtp_loss
-        report = {"loss": output.loss.detach(), "mtp_loss": mtp_loss.detach(), "per_token": output.per_token}
-        # The loss is already a share of the global mean. mcore's three-value form under calculate_per_token_loss scales
-        # neither by micro-batches nor by data-parallel ranks; the token count it wants stays unused by _finalize.
-        return loss, lambda value: (value, torch.zeros((), dtype=torch.int, device=value.device), report)
+        return loss, (torch.stack([output.loss.detach(), mtp_loss.detach()]), output.per_token)
 
 
 def _finalize(models: list[Any], num_tokens: Tensor | None, **options: Any) -> None:

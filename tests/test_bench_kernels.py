@@ -24,14 +24,16 @@ KEYS = {
     "gpu", "versions", "commit",
 }  # fmt: skip
 CPU = torch.device("cpu")
+ORDER = ("L1", "L2", "L4", "L7")
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[SimpleNamespace]:
     """The benchmark's modules by their short names."""
     sys.path.insert(0, str(ROOT / "tools"))
-    names = ("kernels", "cases", "peers", "formulas", "problem", "published", "report", "timing")
-    yield SimpleNamespace(**{name: importlib.import_module(f"bench_{name}") for name in names})
+    names = ("log_ratio", "log_ratio_cases", "peer", "peers", "formulas", "problem", "published", "report", "timing")
+    modules = {name: importlib.import_module(f"bench.{name}") for name in names}
+    yield SimpleNamespace(kernels=importlib.import_module("bench_kernels"), cases=modules["log_ratio_cases"], **modules)
     sys.path.remove(str(ROOT / "tools"))
 
 
@@ -157,13 +159,13 @@ def test_the_kernels_agree_with_the_reference_in_the_interpreter(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = bench.problem.Shape(5, 300, 32)
-    assert bench.kernels.wrong_on_device(CPU, shape) is None
+    assert bench.log_ratio.wrong_on_device(CPU, shape) is None
     off = dataclasses.replace(bench.cases.CASES[0], ours=lambda problem: bench.cases._statistics(problem) + 1e-3)
-    monkeypatch.setattr(bench.kernels, "CASES", (off,))
-    assert "L1: error" in bench.kernels.wrong_on_device(CPU, shape)
+    monkeypatch.setattr(bench.log_ratio, "CASES", (off,))
+    assert "L1: error" in bench.log_ratio.wrong_on_device(CPU, shape)
     twice = dataclasses.replace(bench.cases.CASES[1], ours=twice_the_gradient(bench.cases._objective))
-    monkeypatch.setattr(bench.kernels, "CASES", (twice,))
-    assert "L2: a gradient" in bench.kernels.wrong_on_device(CPU, shape)
+    monkeypatch.setattr(bench.log_ratio, "CASES", (twice,))
+    assert "L2: a gradient" in bench.log_ratio.wrong_on_device(CPU, shape)
 
 
 def twice_the_gradient(run: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
@@ -189,7 +191,8 @@ def test_rows_of_a_cpu_run(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench.kernels, "red", lambda patterns: None)
     smaller = bench.problem.Shape(128, 3000, 64)
     cases = [dataclasses.replace(case, cpu_shape=smaller) for case in bench.cases.CASES if case.cpu_shape]
-    monkeypatch.setattr(bench.kernels, "CASES", cases)
+    suite = dataclasses.replace(bench.kernels.SUITES["log_ratio"], cases=tuple(cases))
+    monkeypatch.setitem(bench.kernels.SUITES, "log_ratio", suite)
     out = tmp_path / "rows.json"
     assert bench.kernels.main(["--device=cpu", "--quick", "--cases=L4,L8", f"--json={out}"]) == 0
     rows = json.loads(out.read_text(encoding="utf-8"))
@@ -216,14 +219,14 @@ def case(bench: SimpleNamespace, *peers: Any, **changes: Any) -> Any:
 
 def measured(bench: SimpleNamespace, one: Any, shape: tuple[int, ...] = (12, 60, 16)) -> dict[str, Any]:
     with bench.kernels.Progress(disable=True) as progress:
-        return bench.kernels.measure(one, bench.problem.Shape(*shape), CPU, 2, progress)
+        return bench.kernels.measure(one, 3e-5, bench.problem.Shape(*shape), CPU, 2, progress)
 
 
 def test_a_peer_that_does_not_import_is_quoted_and_takes_part_in_no_ratio(
     bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(bench.published.PUBLISHED, ("L4", 12, 60, 16, "absent"), (12.25, "their page, H100"))
-    absent = bench.peers.Peer("absent", lambda problem: None, "nowhere", ("no_such_module",))
+    absent = bench.peer.Peer("absent", lambda problem: None, "nowhere", ("no_such_module",))
     other = dataclasses.replace(absent, name="also absent")
     found = measured(bench, case(bench, absent, other))["peers"]
     reason = "no_such_module: No module named 'no_such_module'"
@@ -237,13 +240,13 @@ def test_a_peer_that_fails_is_reported(bench: SimpleNamespace) -> None:
     def run(problem: Any) -> None:
         raise KeyError("no such tile")
 
-    found = measured(bench, case(bench, bench.peers.Peer("broken", run, "somewhere")))["peers"]
+    found = measured(bench, case(bench, bench.peer.Peer("broken", run, "somewhere")))["peers"]
     assert found == {"broken": {"source": "measured: somewhere", "failed": "KeyError: 'no such tile'"}}
 
 
 def test_nothing_is_kept_when_ours_is_wrong(bench: SimpleNamespace) -> None:
     off = case(bench, ours=lambda problem: bench.cases._head_statistics(problem) + 1e-3)
-    with pytest.raises(SystemExit, match=r"L4: error .* against fp64; nothing was kept"):
+    with pytest.raises(SystemExit, match=r"L4: error .* against the truth; nothing was kept"):
         measured(bench, off)
 
 
@@ -259,11 +262,11 @@ def test_yardsticks_run_and_a_limit_is_a_share_of_them(bench: SimpleNamespace, m
         return [bench.timing.Measured(peer, [times[peer.name]] * 3, workspace=8, error=1e-6) for peer in peers]
 
     monkeypatch.setattr(bench.kernels, "race", race)
-    one = case(bench, bench.peers.Peer("peer", lambda problem: None, "somewhere"), share=0.5)
+    one = case(bench, bench.peer.Peer("peer", lambda problem: None, "somewhere"), share=0.5)
     with bench.kernels.Progress(disable=True) as progress:
         device = SimpleNamespace(type="cuda")
         quiet = dataclasses.replace(one, problem=lambda *_: None)
-        row = bench.kernels.measure(quiet, bench.problem.Shape(12, 60, 16), device, 3, progress)
+        row = bench.kernels.measure(quiet, 3e-5, bench.problem.Shape(12, 60, 16), device, 3, progress)
     assert (row["ours_ms"], row["limit_ms"], row["fraction_of_limit"]) == (2.0, 0.75, 0.375)
     assert row["peers"]["peer"]["ms"] == 5.0 and row["peers"]["peer"]["ratio"] == 2.5
     assert row["dtype"] == "bfloat16"
@@ -276,9 +279,9 @@ def test_a_part_of_the_suite_joins_the_rest_of_the_same_machine_and_commit(
         return {"case": name, "gpu": "H100", "commit": commit, "versions": {}, "ours_ms": time}
 
     path = tmp_path / "rows.json"
-    assert bench.kernels.merged([row("L2", "a", 1.0)], path) == [row("L2", "a", 1.0)]
+    assert bench.kernels.merged([row("L2", "a", 1.0)], path, ORDER) == [row("L2", "a", 1.0)]
     path.write_text(json.dumps([row("L1", "a", 1.0), row("L2", "a", 1.0), row("L4", "b", 1.0)]), encoding="utf-8")
-    found = bench.kernels.merged([row("L7", "a", 2.0), row("L2", "a", 2.0)], path)
+    found = bench.kernels.merged([row("L7", "a", 2.0), row("L2", "a", 2.0)], path, ORDER)
     assert found == [row("L1", "a", 1.0), row("L2", "a", 2.0), row("L7", "a", 2.0)]
 
 
@@ -306,7 +309,8 @@ def test_it_refuses_to_measure_on_red(
         body = f"def test_promise():\n    assert {state == 'green'}, 'promise broken'\n"
         (tmp_path / "tests" / "test_promise.py").write_text(body, encoding="utf-8")
     monkeypatch.setattr(bench.kernels, "ROOT", tmp_path)
-    monkeypatch.setattr(bench.kernels, "TESTS", {"log_ratio": ("test_promise.py",)})
+    suite = dataclasses.replace(bench.kernels.SUITES["log_ratio"], tests=("test_promise.py",))
+    monkeypatch.setitem(bench.kernels.SUITES, "log_ratio", suite)
     monkeypatch.setattr(bench.kernels, "run", lambda arguments, device: pytest.fail("measured"))
     out = tmp_path / "rows.json"
     if state == "green":
@@ -319,8 +323,9 @@ def test_it_refuses_to_measure_on_red(
 
 
 def test_every_tested_form_is_in_the_gate(bench: SimpleNamespace) -> None:
-    for pattern in bench.kernels.TESTS["log_ratio"]:
-        assert list((ROOT / "tests").glob(pattern)), pattern
+    for suite in bench.kernels.SUITES.values():
+        for pattern in suite.tests:
+            assert list((ROOT / "tests").glob(pattern)), pattern
 
 
 def test_without_a_gpu_it_says_so(

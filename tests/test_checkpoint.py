@@ -154,6 +154,7 @@ def resume_twice(root: Path, parallel: Parallel, precision: str, distributed: bo
         pytest.param(2, Parallel(tensor=2), "fp32", True, id="tp2"),
         pytest.param(2, Parallel(expert=2), "bf16", True, id="ep2-bf16"),
         pytest.param(4, Parallel(tensor=2, expert=2), "fp32", True, id="tp2-ep2-dp2"),
+        pytest.param(2, Parallel(pipeline=2), "bf16", True, id="pp2-bf16"),
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
@@ -197,6 +198,7 @@ def test_weights_optimizer_and_rollouts_move_through_a_chain_of_layouts(ranks: A
         ("tp2", 2, Parallel(tensor=2)),
         ("ep2", 2, Parallel(expert=2)),
         ("tp2-ep2", 4, Parallel(tensor=2, expert=2)),
+        ("pp2", 2, Parallel(pipeline=2)),
         ("dp2", 2, Parallel()),
     ):
         assert ranks(world, carry_on, source, tmp_path / name, parallel) == [(base, after, True)] * world, name

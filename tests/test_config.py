@@ -71,7 +71,7 @@ def _rules() -> list[tuple[str, Any]]:
     for prefix, section in _all_sections():
         for name, field in section.model_fields.items():
             rules += [(prefix + name, bad) for c in field.metadata if (bad := _outside(c)) is not None]
-            if get_origin(field.annotation) is Literal:
+            if Literal in map(get_origin, (field.annotation, *get_args(field.annotation))):
                 rules.append((prefix + name, "nonsense"))
     return rules
 

@@ -362,6 +362,20 @@ def test_output_shards_stay_within_the_limit(tmp_path: Path, monkeypatch: pytest
     assert len(list((tmp_path / "megatron/release").glob("*.distcp"))) == 4  # and one for the common state
 
 
+def test_as_many_files_are_written_as_keep_several_workers_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(t.nbytes for t in synthetic(tmp_path / "source", STRING).values())
+    assert plans.MEGATRON_SHARD == 4 * 10**9 and plans.SMALL_SHARD * plans.SMALL_SHARDS < plans.MEGATRON_SHARD
+    # Of a checkpoint's size, the larger and the smaller file, the files.
+    for large, small, files in [(2, 2, 1), (2, 1, 1), (1.5, 0.4, 3), (1.5, 0.02, 8), (0.1, 0.02, 10)]:
+        monkeypatch.setattr(plans, "MEGATRON_SHARD", int(large * size) + 1)
+        monkeypatch.setattr(plans, "SMALL_SHARD", int(small * size) + 1)
+        target = tmp_path / f"{large}-{small}"
+        conversion.hugging_face_to_megatron(tmp_path / "source", target)
+        assert len(list((target / "release").glob("*.distcp"))) == files + 1  # and one for the common state
+
+
 # --------------------------------------------------------------------------- Megatron's own reader and writer
 
 

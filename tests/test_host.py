@@ -72,6 +72,15 @@ def test_no_cuda_literal_is_left_where_mcore_optimizes() -> None:
 
 
 @without_cuda
+def test_the_last_stages_copy_of_the_embedding_stays_on_the_host() -> None:
+    host.activate()
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    names = LanguageModule.setup_embeddings_and_output_layer.__code__.co_names
+    assert "cuda" not in names and "cpu" in names
+
+
+@without_cuda
 def test_clipping_scales_host_gradients() -> None:
     host.activate()
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32

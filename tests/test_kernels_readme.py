@@ -26,7 +26,7 @@ def test_the_files_named_exist() -> None:
 
 
 def test_the_ratios_told_are_those_of_the_committed_run(tmp_path: Path) -> None:
-    page, report = tmp_path / "README.md", str(ROOT / "tools" / "bench_report.py")
+    page, report = tmp_path / "README.md", str(ROOT / "tools" / "bench" / "report.py")
     told = README.read_text(encoding="utf-8")
     rows = [line for line in told.splitlines() if re.match(r"\| L\d+ \| [^|]+ \| \d", line)]
     assert len(rows) > 10

@@ -207,7 +207,7 @@ def test_no_tokens_still_reach_the_leaves(impl):
     ("change", "message"),
     [
         ({"hidden": torch.ones(3, 4)}, r"expected hidden \[T, H\]"),
-        ({"weight": torch.ones(6, 5, dtype=torch.bfloat16)}, "hidden is torch.float32, weight torch.bfloat16"),
+        ({"weight": torch.ones(6, 5, dtype=torch.bfloat16)}, "got hidden torch.float32 and weight torch.bfloat16"),
         ({"targets": torch.zeros(2, dtype=torch.int64)}, r"expected int64 \[3\]"),
         ({"targets": torch.zeros(3, dtype=torch.int32)}, r"targets is torch.int32 \[3\]"),
         ({"targets": torch.tensor([0, 6, 1])}, r"targets\[1\] = 6: targets must lie in \[0, 6\)"),
@@ -436,7 +436,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_main_grad_gets_the_gradient_once_per_micro_batch(impl, name, dtype, monkeypatch):
     """Forward twice, then backward twice, as the stages of a pipeline order it; autograd's sum is the truth."""
-    monkeypatch.setattr("mopd_kernels.linear.resolve", lambda *_: impl)
+    monkeypatch.setattr("mopd_kernels.linear.choose", lambda *_: impl)
     parts = [problem(9, 8, 20, dtype, seed) for seed in (0, 1)]
     weight = parts[0][1]
     fused, plain = parameter(weight), torch.nn.Parameter(weight.clone())

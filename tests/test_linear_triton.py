@@ -11,6 +11,7 @@ from mopd_kernels import (
     METRICS,
     Surrogate,
     Tokens,
+    device,
     linear_logprob,
     linear_objective,
     linear_statistics,
@@ -88,7 +89,7 @@ def assert_equal_results(ours, expected, rtol=1e-5, atol=1e-5, gradient=None):
 @pytest.fixture(autouse=True)
 def few_processors(monkeypatch):
     """Every program then walks several tiles, and each row block is a turn through the vocabulary."""
-    monkeypatch.setattr(linear_tiles, "NO_DEVICE", (9, 2))
+    monkeypatch.setattr(device, "NO_DEVICE", (9, 2))
     monkeypatch.setattr(linear_tiles, "GROUP", 1)
 
 

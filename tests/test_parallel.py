@@ -34,6 +34,22 @@ def test_tensor_and_expert_parallel_share_four_ranks(ranks: Any) -> None:
     ]
 
 
+def stages(parallel: Parallel) -> tuple[int, int, bool, bool]:
+    from megatron_mopd import parallel as mopd_parallel
+
+    g = mopd_parallel.initialize(parallel, seed=7)
+    return g.pp_rank, g.dp_rank, g.first_stage, g.last_stage
+
+
+def test_pipeline_stages_hold_the_same_data(ranks: Any) -> None:
+    assert ranks(4, stages, Parallel(pipeline=2)) == [
+        (0, 0, True, False),
+        (0, 1, True, False),
+        (1, 0, False, True),
+        (1, 1, False, True),
+    ]
+
+
 def test_expert_tensor_parallelism_widens_the_expert_block(ranks: Any) -> None:
     layout = Parallel(tensor=2, expert=2, expert_tensor=2, dispatcher="allgather")
     assert [c[-1] for c in ranks(4, coordinates, layout)] == [1, 1, 1, 1]
@@ -44,7 +60,7 @@ def test_expert_tensor_parallelism_widens_the_expert_block(ranks: Any) -> None:
     [
         (Parallel(tensor=2), r"parallel.tensor = 2 does not divide the 1 running processes; start a multiple of 2"),
         (Parallel(expert=4), r"parallel.expert x parallel.expert_tensor = 4 does not divide the 1 "),
-        (Parallel(pipeline=2), r"parallel.pipeline = 2: .*set it to 1"),
+        (Parallel(pipeline=2), r"parallel.tensor x parallel.pipeline = 2 does not divide the 1 running processes"),
         (Parallel(expert_tensor=2), r"parallel.expert_tensor = 2 with parallel.dispatcher = 'alltoall' .*allgather"),
         (Parallel(backend="nccl"), r"parallel.backend = 'nccl' needs CUDA"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mopd import presets
-from megatron_mopd.config import ConfigurationError, Model, build_config
-from megatron_mopd.pattern import Pattern, parse_pattern
+from megatron_mopd.config import ConfigurationError, Model, Parallel, build_config
+from megatron_mopd.pattern import Pattern, balanced, parse_pattern
 from megatron_mopd.presets import PRESETS, parameter_count, resolve
 
 MOPD: dict[str, Any] = {
@@ -218,8 +219,17 @@ def test_bad_overrides_of_dimensions_are_explained(override: dict[str, Any], sai
         ({}, {"expert": 3}, ["parallel.expert = 3", "num_moe_experts = 8", "1, 2, 4, 8 ways"]),
         ({"pattern": "M*"}, {"expert": 2}, ["parallel.expert = 2", "no E layer"]),
         ({}, {"expert_tensor": 3}, ["parallel.expert_tensor = 3", "moe_ffn_hidden_size = 128"]),
-        ({"pattern": "M*|E"}, {}, ["model.pattern = 'M*|E'", "2 pipeline stages", "remove each |"]),
-        ({}, {"pipeline": 2}, ["parallel.pipeline = 2", "set parallel.pipeline to 1"]),
+        ({"pattern": "M*|E"}, {}, ["model.pattern = 'M*|E'", "2 pipeline stages", "set parallel.pipeline to 2"]),
+        (
+            {"pattern": "M|*|E/*E"},
+            {"pipeline": 2},
+            ["3 pipeline stages", "parallel.pipeline = 2;", "leave out every |"],
+        ),
+        ({}, {"pipeline": 7}, ["parallel.pipeline = 7", "6 layers", "6 or less"]),
+        ({}, {"pipeline": 2, "dispatcher": "allgather"}, ["parallel.dispatcher = 'allgather'", "alltoall"]),
+        ({"pattern": "M*-"}, {"pipeline": 2, "dispatcher": "allgather"}, ["parallel.dispatcher = 'allgather'"]),
+        ({"pattern": "MEE|M*"}, {"pipeline": 2, "expert": 2}, ["no E layer", "parallel.expert = 2"]),
+        ({}, {"pipeline": 3, "tensor": 2}, ["no E layer", "parallel.expert_tensor to 2"]),
         ({"override": {"num_query_groups": 3}}, {}, ["num_query_groups = 3", "num_attention_heads = 4", "tiny has 2"]),
         ({"override": {"mamba_num_groups": 3}}, {}, ["mamba_num_groups = 3", "mamba_num_heads = 8"]),
         ({"override": {"moe_router_topk": 9}}, {}, ["moe_router_topk = 9", "num_moe_experts = 8"]),
@@ -235,6 +245,23 @@ def test_check_explains(model: dict[str, Any], parallel: dict[str, Any], said: l
 
 
 @pytest.mark.parametrize(
+    ("model", "parallel", "said"),
+    [
+        ({"pattern": "M|*|E"}, {"pipeline": 2}, "model.pattern = 'M|*|E' has 3 pipeline stages"),
+        ({"override": {"hidden_size": 130}}, {"tensor": 4}, "parallel.tensor = 4: does not divide hidden_size = 130"),
+        ({"override": {"num_moe_experts": 6}}, {"expert": 4}, "parallel.expert = 4: does not divide num_moe_experts"),
+    ],
+)
+def test_check_looks_at_teachers_too(model: dict[str, Any], parallel: dict[str, Any], said: str) -> None:
+    teachers = {"t": {"checkpoint": "c", "domains": ["d"], "model": model}}
+    student = {"override": {"num_query_groups": 4, "mamba_num_groups": 4}}
+    with pytest.raises(ConfigurationError) as caught:
+        presets.check(_config(model=student, parallel=parallel, teachers=teachers))
+    assert str(caught.value).startswith(f"teachers.t: {said}")
+    presets.check(_config(model=student, parallel=parallel))
+
+
+@pytest.mark.parametrize(
     ("model", "parallel"),
     [
         ({}, {}),
@@ -242,10 +269,52 @@ def test_check_explains(model: dict[str, Any], parallel: dict[str, Any], said: l
         ({"pattern": "*"}, {"tensor": 4}),  # more ranks than key-value groups: mcore repeats the groups
         ({"preset": "ultra-550b-a55b"}, {"tensor": 8, "expert": 64}),
         ({"preset": "nano-30b-a3b"}, {"tensor": 4, "expert": 32, "expert_tensor": 2}),
+        ({"preset": "ultra-550b-a55b"}, {"pipeline": 4, "tensor": 8, "expert": 16}),
+        ({"pattern": "M*|E"}, {"pipeline": 2}),
     ],
 )
 def test_check_accepts(model: dict[str, Any], parallel: dict[str, Any]) -> None:
     presets.check(_config(model=model, parallel=parallel))
+
+
+# ------------------------------------------------------------------ pipeline stages
+
+
+@given(
+    layers=st.lists(st.tuples(st.sampled_from("ME"), st.integers(1, 9)), min_size=1, max_size=8),
+    stages=st.integers(1, 5),
+    last=st.integers(0, 12),
+    needed=st.sampled_from(["", "E"]),
+)
+def test_borders_stand_where_the_largest_stage_is_least(
+    layers: list[tuple[str, int]], stages: int, last: int, needed: str
+) -> None:
+    main, costs = "".join(symbol for symbol, _ in layers), [cost for _, cost in layers]
+    possible = []
+    for borders in combinations(range(1, len(main)), stages - 1):
+        ends = list(zip((0, *borders), (*borders, len(main)), strict=True))
+        if all(needed in main[a:b] for a, b in ends):
+            possible.append(max([sum(costs[a:b]) for a, b in ends[:-1]] + [sum(costs[ends[-1][0] :]) + last]))
+    found = balanced(main, costs, stages, last=last, needed=needed)
+    assert (found is None) == (not possible)
+    if found is not None:
+        assert "".join(found) == main and len(found) == stages and all(found) and all(needed in f for f in found)
+        starts = [sum(map(len, found[:k])) for k in range(stages)]
+        sums = [sum(costs[a : a + len(f)]) for a, f in zip(starts, found, strict=True)]
+        assert max([*sums[:-1], sums[-1] + last]) == min(possible)
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "pattern"),
+    [
+        ("tiny", {}, "MEM*E-/*E/*E"),
+        ("tiny", {"pipeline": 2}, "MEM*E|-/*E/*E"),  # two depths with their outputs weigh as much as the trunk
+        ("tiny", {"pipeline": 2, "expert": 2}, "MEM*|E-/*E/*E"),
+        ("nano-30b-a3b", {"pipeline": 2}, "MEMEM*EMEMEM*EMEMEM*EMEMEM*EME|MEM*EMEMEMEM*EMEMEMEME"),
+    ],
+)
+def test_stages_are_placed_by_what_a_token_passes_through(name: str, parallel: dict[str, int], pattern: str) -> None:
+    assert presets.staged(presets.PRESETS[name], Parallel.model_validate(parallel)).pattern == pattern
 
 
 # ------------------------------------------------------------------ precision

@@ -17,6 +17,7 @@ NOW = Policy(run_id="run", step=7)
 class Scorers:
     def __init__(self):
         self.ids, self.temperature = {"speller": "id-s", "counter": "id-c"}, 1.0
+        self.nvfp4 = {"speller": (), "counter": ()}
 
     def route(self, domain):
         return {"spell": "speller", "count": "counter"}[domain]
@@ -56,6 +57,7 @@ WRONG = {
     "domain": (with_record(scored(), domain="count"), "the recorded domain is 'count', .* 'spell'"),
     "teacher": (scored(teacher="counter"), "the scoring teacher is 'counter', .* 'speller'"),
     "checkpoint": (scored(teacher_id="id-c"), "checkpoint of teacher 'speller' is 'id-c', .* 'id-s'"),
+    "precision": (with_record(scored(), teacher_nvfp4=("experts",)), r"'speller' keeps in NVFP4 is \('experts',\), .*"),
     "unscored": (with_record(scored(), teacher_id=None), "checkpoint of teacher 'speller' is None"),
     "too_old": (scored(step=5), "policy of step 5, updated at step 7; rollout.lag = 1"),
     "from_the_future": (scored(step=8), "policy of step 8"),

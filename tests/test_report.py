@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 
 import pytest
 from hypothesis import given
@@ -175,3 +176,24 @@ def test_a_failed_write_leaves_the_old_report(merged: Report, tmp_path, monkeypa
 )
 def test_durations(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text
+
+
+def test_paired_interval_covers_the_change_it_is_about() -> None:
+    """95 of 100 intervals hold the true change, also where hardly any prompt changes hands."""
+    generator = random.Random(7)
+    for up, down in ((0.02, 0.01), (0.002, 0.004), (0.2, 0.1)):
+        held = 0
+        for _ in range(400):
+            draws = generator.choices((1, -1, 0), weights=(up, down, 1 - up - down), k=500)
+            low, high = report.paired_interval(draws.count(1), draws.count(-1), 500)
+            held += low <= up - down <= high
+        assert 0.92 <= held / 400 <= 1.0, (up, down)
+
+
+def test_paired_interval_is_never_a_point_and_grows_narrow() -> None:
+    low, high = report.paired_interval(0, 0, 1000)
+    assert -0.003 < low < 0 < high < 0.003
+    few, many = report.paired_interval(3, 1, 100), report.paired_interval(30, 10, 1000)
+    assert many[1] - many[0] < few[1] - few[0]
+    with pytest.raises(ValueError, match="gained = 8, lost = 3 of total = 10"):
+        report.paired_interval(8, 3, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -24,6 +25,10 @@ LAYOUTS = [
     pytest.param(2, Parallel(expert=2), id="ep2-alltoall"),
     pytest.param(2, Parallel(expert=2, dispatcher="allgather"), id="ep2-allgather"),
     pytest.param(4, Parallel(tensor=2, expert=4), id="tp2-ep4"),
+    pytest.param(2, Parallel(pipeline=2), id="pp2"),
+    pytest.param(4, Parallel(pipeline=4), id="pp4"),
+    pytest.param(4, Parallel(pipeline=2, tensor=2), id="pp2-tp2"),
+    pytest.param(4, Parallel(pipeline=2, expert=2), id="pp2-ep2"),
 ]
 
 
@@ -39,12 +44,17 @@ def _prompts(count: int) -> list[Prompt]:
     ]
 
 
-def _sampler(groups: Any, parallel: Parallel = Parallel(), precision: str = "fp32") -> Any:  # noqa: B008 - frozen
+def _sampler(
+    groups: Any,
+    parallel: Parallel = Parallel(),  # noqa: B008 - frozen
+    precision: str = "fp32",
+    prefill_tokens: int | None = None,
+) -> Any:
     from megatron_mopd import student
     from megatron_mopd.rollout import Sampler
 
     model = student.build_model(MODEL, parallel, groups, VOCAB, precision, mtp=False)
-    return Sampler(model, groups, MODEL.max_sequence_length, valid_vocab=VOCAB)
+    return Sampler(model, groups, MODEL.max_sequence_length, VOCAB, prefill_tokens)
 
 
 def _training_logprobs(model: Any, groups: Any, rollouts: list[Rollout], count: int) -> list[Tensor]:
@@ -52,7 +62,7 @@ def _training_logprobs(model: Any, groups: Any, rollouts: list[Rollout], count: 
 
     The batch has ``count`` rows on every rank: mcore's allgather dispatcher gathers equal shapes.
     """
-    from megatron_mopd import student
+    from megatron_mopd import batch, pipeline, student
     from mopd_kernels import linear_logprob
 
     width = MODEL.max_sequence_length
@@ -60,31 +70,38 @@ def _training_logprobs(model: Any, groups: Any, rollouts: list[Rollout], count: 
     for row, rollout in zip(tokens, rollouts, strict=False):
         row[: len(rollout.tokens)] = rollout.tokens
     assert model.training
-    out = student.forward(model, tokens)
-    hidden = student.gather_hidden(out.hidden, groups, model.config).unflatten(0, (width, -1))
-    result = []
-    for row, rollout in enumerate(rollouts):
-        start = len(rollout.prompt.tokens)
-        rows = hidden[start - 1 : start - 1 + len(rollout.completion), row].contiguous()
-        result.append(
-            linear_logprob(
+
+    def scored(_: Any) -> dict[str, Tensor]:
+        out = student.forward(model, tokens)
+        hidden = student.gather_hidden(out.hidden, groups, model.config).unflatten(0, (width, -1))
+        result = {}
+        for row, rollout in enumerate(rollouts):
+            start = len(rollout.prompt.tokens)
+            rows = hidden[start - 1 : start - 1 + len(rollout.completion), row].contiguous()
+            result[str(row)] = linear_logprob(
                 rows,
                 out.output_weight,
                 rollout.completion,
                 temperature=SAMPLED.temperature,
                 group=groups.tp,
                 valid_vocab=VOCAB,
-            ).detach()
-        )
-    return result
+            )
+        return result
+
+    micro_batch = dataclasses.replace(batch.empty(0), tokens=tokens)
+    (values,) = pipeline.tell(pipeline.read(model, [micro_batch], scored, groups), groups)
+    return list(values.values())
 
 
 def sample_and_score(parallel: Parallel, shares: list[int]) -> dict[str, Any]:
-    """On one rank: sample ``shares[dp_rank]`` of the requests in batches of 5; score them by the training forward."""
+    """On one rank: sample ``shares[dp_rank]`` of the requests in batches of 5; score them by the training forward.
+
+    Several ranks read their prompts two by two or one by one; a single rank all of a batch at once.
+    """
     from megatron_mopd import parallel as mopd_parallel
 
     groups = mopd_parallel.initialize(parallel, seed=42)
-    sampler = _sampler(groups, parallel)
+    sampler = _sampler(groups, parallel, prefill_tokens=60 if groups.world_size > 1 else None)
     requests = [(p, i % 3) for i, p in enumerate(_prompts(sum(shares)))]
     start = sum(shares[: groups.dp_rank])
     mine = requests[start : start + shares[groups.dp_rank]]
@@ -107,7 +124,7 @@ def sample_and_score(parallel: Parallel, shares: list[int]) -> dict[str, Any]:
 def test_layouts_draw_the_same_tokens_and_record_the_training_forwards_logprobs(
     ranks: Any, world: int, parallel: Parallel
 ) -> None:
-    replicas = world // parallel.tensor
+    replicas = world // (parallel.tensor * parallel.pipeline)
     shares = [9] if replicas == 1 else [9, 0]  # one rank of an expert group has nothing to do and must still take part
     results = ranks(world, sample_and_score, parallel, shares)
     (single,) = ranks(1, sample_and_score, Parallel(), [9])
@@ -171,6 +188,30 @@ def test_tokens_do_not_depend_on_batch_or_order(groups: Any) -> None:
     assert whole["p0", 0] != whole["p0", 1]
     assert drawn(requests, 21, seed=6) != whole
     assert drawn(requests, 21, step=3) != whole
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 90, 10**6])
+def test_reading_prompts_in_parts_gives_the_same_hidden_states(groups: Any, prefill_tokens: int) -> None:
+    """One by one, two by two with one left over, and all at once; then on with some of them, twice by one decoder."""
+    from megatron_mopd import student
+    from megatron_mopd.decoding import Decoder
+
+    model = student.build_model(MODEL, Parallel(), groups, VOCAB, mtp=False).eval()
+    prompts = torch.randint(0, VOCAB, (5, 41), generator=torch.Generator().manual_seed(2))
+    lengths, kept = torch.tensor([41, 3, 17, 1, 30]), torch.tensor([4, 1, 2])
+    more = torch.randint(0, VOCAB, (3, 3), generator=torch.Generator().manual_seed(3))
+    widths: list[int] = []
+    model.embedding.register_forward_hook(lambda _module, _inputs, output: widths.append(output.shape[1]))
+    found = []
+    with torch.no_grad():
+        for decoder in (Decoder(model), Decoder(model, prefill_tokens)):
+            decoder.prefill(prompts.flip(0), lengths.flip(0), 3)
+            hidden = [decoder.prefill(prompts, lengths, 3)]
+            decoder.keep(kept)
+            found.append(hidden + [decoder.step(tokens) for tokens in more])
+    assert widths[2 + len(more) : -len(more)] == 2 * {1: [1] * 5, 90: [2, 2, 1]}.get(prefill_tokens, [5])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_limits_and_stop_tokens(groups: Any) -> None:

@@ -94,6 +94,23 @@ def test_a_recipe_runs_once_and_ends_in_a_report(groups: Groups, tmp_path: Path)
     assert stamps(recipe.dir) == first
 
 
+def test_the_report_says_what_teachers_in_nvfp4_cost_and_save(groups: Groups, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.yaml")
+    recipe = run(path, groups, "merge:teachers.expert.nvfp4=[output_weight, experts, hidden]")
+    last = runner.stage_config(recipe, recipe.stages[-1])
+    recipe_report.publish(recipe.dir, ["base", "expert", "merge"], last)
+    (row,) = json.loads((recipe.dir / "report.json").read_text())["teacher_nvfp4"].values()
+    assert row["parts"] == ["experts", "hidden", "output_weight"] and row["tokens"] > 0
+    assert 0 < row["logprob_error_mean"] <= row["logprob_error_max"] and 0 < row["kl"] < row["hidden_kl"] < 0.5
+    for memory in ("host_bytes", "device_bytes"):
+        assert 0 < row[memory]["after"] < row[memory]["before"]
+    text = (recipe.dir / "report.md").read_text()
+    assert "## Teachers in NVFP4" in text and "| expert | experts, hidden, output_weight | " in text
+    assert f"{row['host_bytes']['before']:,} → {row['host_bytes']['after']:,}" in text
+    with pytest.raises(ConfigurationError, match=r"stage 'merge'.*other settings"):
+        run(path, groups)
+
+
 def test_a_changed_stage_is_refused_and_nothing_lost(groups: Groups, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "recipe.yaml")
     recipe = run(path, groups)
@@ -178,6 +195,9 @@ def test_a_loop_of_ones_own_gains_mopd(ranks: Any, tmp_path: Path) -> None:
     config["run"]["steps"], config["optimizer"]["lr"], config["rollout"]["prompts_per_step"] = 40, 3e-3, 32
     config["model"]["initial"], config["run"]["seed"] = None, 5  # not the weights its teacher started from
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "stages.yaml").write_text(yaml.safe_dump(config | {"parallel": {"pipeline": 2}}))
+    with pytest.raises(ConfigurationError, match=r"parallel\.pipeline = 2: this loop has one stage; set it to 1"):
+        own_loop(str(tmp_path / "stages.yaml"))
     gaps = ranks(2, own_loop, str(tmp_path / "own.yaml"))
     assert gaps[0] == gaps[1] and len(gaps[0]) == 40
     assert gaps[0][0] < 0 and sum(gaps[0][-3:]) / 3 > 0.6 * gaps[0][0]  # the gap to the teacher has closed by 40%

@@ -382,6 +382,7 @@ def test_overrides_reach_mcores_fields_by_name() -> None:
         ({"calculate_per_token_loss": False}, "calculate_per_token_loss = False: .*mathematics of the update"),
         ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor = 1.0: .*leave it out"),
         ({"sequence_parallel": True}, "sequence_parallel = True: follows other settings"),
+        ({"overlap_p2p_comm": True}, "overlap_p2p_comm = True: .*it is False here"),
     ],
 )
 def test_bad_overrides_are_refused(override: dict[str, Any], message: str) -> None:

@@ -20,6 +20,10 @@ LAYOUTS = {
     "tp2": (2, {"tensor": 2}),
     "ep2": (2, {"expert": 2}),
     "tp2_ep2_dp2": (4, {"tensor": 2, "expert": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp4": (4, {"pipeline": 4}),
+    "pp2_tp2": (4, {"pipeline": 2, "tensor": 2}),
+    "pp2_ep2": (4, {"pipeline": 2, "expert": 2}),
 }
 
 
@@ -297,17 +301,28 @@ def edited(root, tmp_path, **changes):
         ({"tokenizer_sha": None}, "lacks tokenizer_sha"),
         (
             {"model": {"preset": "tiny", "pattern": "ME*", "override": {}}},
-            r"written by the model tiny ME\*.*exact\.model",
+            r'holds another model: pattern = "MEM\*E-" in the settings, "ME\*" there',
         ),
-        ({"model": {"preset": "tiny", "pattern": None, "override": {"moe_router_topk": 1}}}, "moe_router_topk"),
+        ({"model": {"preset": "tiny", "pattern": None, "override": {"moe_router_topk": 1}}}, "moe_router_topk = 2 in"),
         ({"checkpoint_id": "0" * 64}, "says checkpoint_id 000000000000, the tensors beside it give"),
     ],
     ids=["tokenizer", "template", "vocabulary", "no_tokenizer", "pattern", "override", "exchanged"],
 )
 def test_a_teacher_that_reads_or_is_built_otherwise_is_refused(root, groups, tmp_path, changes, message):
     teachers = {"exact": {"checkpoint": edited(root, tmp_path, **changes), "domains": ["count"]}}
-    with pytest.raises(ConfigurationError, match=rf"teachers\.exact\.checkpoint = .*{message}"):
+    teachers["exact"]["model"] = {"preset": "tiny"}
+    with pytest.raises(ConfigurationError, match=rf"teachers\.exact\.(checkpoint = |model: ).*{message}"):
         pool_of(configuration(root, teachers), groups)
+
+
+def test_a_teacher_without_a_model_has_its_checkpoints(root, groups, tmp_path):
+    other = {"model": {"preset": "tiny", "pattern": None, "override": {"moe_router_topk": 1}}}
+    teachers = {"exact": {"checkpoint": edited(root, tmp_path, **other), "domains": ["count"]}}
+    teachers["wordy"] = {"checkpoint": root / "b", "domains": ["spell", "rhyme"]}
+    pool = pool_of(configuration(root, teachers), groups)
+    assert len(pool._residents) == 2  # one expert a token, and two
+    scored = {item.teacher: item for item in pool.score(make_rollouts(2))}
+    assert set(scored) == {"exact", "wordy"} and len(set(pool.ids.values())) == 1
 
 
 def test_recompute_settings_make_no_other_architecture(root, groups, tmp_path):
@@ -343,11 +358,13 @@ def test_weights_of_another_shape_are_refused_without_a_word_in_the_manifest(roo
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 2e-4])
 def test_values_that_are_no_log_probabilities_are_named(root, groups, monkeypatch, value):
+    from megatron_mopd import scoring
+
     pool, (rollout, *_) = pool_of(configuration(root), groups), make_rollouts()
     logprobs = -torch.ones(len(rollout.completion))
     logprobs[1] = value
-    monkeypatch.setattr(pool, "_logprobs", lambda model, micro_batch: logprobs)
-    with pytest.raises(ValueError, match=r"teacher 'exact' gives \S+ \S+ to completion token 1 of prompt p0 "):
+    monkeypatch.setattr(scoring.Scorer, "logprobs", lambda self, model, micro_batches, weight: logprobs)
+    with pytest.raises(ValueError, match=r"teacher 'exact' gives \S+ \S+ to token 1 of prompt p0 "):
         pool.score([rollout])
 
 

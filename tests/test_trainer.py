@@ -146,6 +146,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         assert len(rows) == 4 and any(row["grad_norm"] > 0 for row in rows)
 
 
+def test_a_quantized_run_resumes_bit_for_bit(ranks: Any, school: Any) -> None:
+    """Teachers in NVFP4, whose hidden states wait in the checkpoint, and a student that is trained towards it."""
+    root, mopd = school
+    quantized = {
+        "teachers": {"first": {"nvfp4": ["output_weight", "experts", "hidden"]}, "second": {"nvfp4": ["hidden"]}},
+        "quantization": {"train": "ultra-ptq", "activations": True},
+    }
+    for same_weights, same_rows, rows in ranks(2, run_and_resume, root, overlay(mopd, quantized), "quantized", {}):
+        assert same_weights and same_rows and all(row["grad_norm"] > 0 for row in rows)
+
+
 def go_on_elsewhere(root: Path, mopd: dict[str, Any], layout: dict[str, Any], steps: int) -> tuple[int, float, str]:
     config = build_config(
         tree(
@@ -164,9 +175,10 @@ def go_on_elsewhere(root: Path, mopd: dict[str, Any], layout: dict[str, Any], st
 
 def test_a_run_moves_to_another_layout_and_back(ranks: Any, school: Any) -> None:
     root, mopd = school
-    steps = [(1, {}), (2, {"tensor": 2}), (2, {"expert": 2}), (1, {})]
+    steps = [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {"expert": 2}), (1, {})]
     for index, (world, layout) in enumerate(steps):
-        results = ranks(world, go_on_elsewhere, root, mopd, layout, index + 1)
+        borders = {"model": {"pattern": "M|*E/*E"}} if "pipeline" in layout else {}
+        results = ranks(world, go_on_elsewhere, root, overlay(mopd, borders), layout, index + 1)
         assert {start for start, _, _ in results} == {index}  # each went on where the last stopped
         assert len({result[1:] for result in results}) == 1  # and all ranks agree on loss and weights
 
@@ -356,6 +368,7 @@ def test_a_stage_leaves_metrics_results_and_a_checkpoint(school: Any, groups: An
     assert before["reverse_kl"]["first"]["plain"] > 0
     assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "iter_0000002"  # type: ignore[union-attr]
     assert (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+    assert "teacher_nvfp4" not in after
 
 
 @pytest.mark.parametrize(

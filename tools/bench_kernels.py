@@ -1,10 +1,10 @@
-"""The kernels against their peers: ``python tools/bench_kernels.py --suite log_ratio [--device cpu]``.
+"""The kernels against their peers: ``python tools/bench_kernels.py --suite NAME [--device cpu]``.
 
-First the tests of what is timed run, and on a GPU a comparison with fp64 there; on red nothing is measured and the exit
-status is 1. Then every case runs against every peer that imports, interleaved in one process (bench_timing.py). Times
-are medians over the rounds; a ratio is the median of the rounds' ratios of the peer's time to ours. Limits are measured
-in the same run: a copy of the logits, or the matrix products by cuBLAS. A peer that does not import is quoted with its
-published time and takes part in no ratio.
+Suites are log_ratio and nvfp4. First the tests of what is timed run, and on a GPU a comparison with the truth there; on
+red nothing is measured and the exit status is 1. Then every case runs against every peer that imports, interleaved in
+one process (bench/timing.py). Times are medians over the rounds; a ratio is the median of the rounds' ratios of the
+peer's time to ours. Limits are measured in the same run: a copy of the input, or the matrix products by cuBLAS. A peer
+that does not import is quoted with its published time and takes part in no ratio.
 
 On CPU the reference forms run against eager torch and the peers' forms that run there, for ratios of time and peak
 memory; times themselves are not kept. The result is a list of rows as JSON with a plot beside it.
@@ -24,7 +24,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,21 +32,22 @@ import rich
 import rich.markup
 import torch
 import torch.distributed as dist
-from bench_cases import CASES, WORKSPACE_OF, Case
-from bench_peers import Peer
-from bench_problem import Shape
-from bench_published import PUBLISHED
-from bench_report import plot, show
-from bench_timing import Measured, race
+from bench.log_ratio import LOG_RATIO
+from bench.nvfp4 import NVFP4
+from bench.peer import Peer
+from bench.published import PUBLISHED
+from bench.report import plot, show
+from bench.suite import Case, Suite
+from bench.timing import Measured, race
 from rich.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "kernels" / "results"
-TESTS = {"log_ratio": ("test_linear*.py", "test_logits*.py", "test_divergence*.py", "test_bench_kernels.py")}
-PACKAGES = ("torch", "triton", "megatron-core", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
-TOLERANCE = 3e-5  # nats, of a token's value against fp64, |logits| <= 30
-GRADIENT_TOLERANCE = 1e-2  # relative, bf16: dZ is rounded to 2^-9
-RAGGED = Shape(77, 3000, 128)
+SUITES: dict[str, Suite] = {"log_ratio": LOG_RATIO, "nvfp4": NVFP4}
+PACKAGES = (
+    *("torch", "triton", "megatron-core", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn"),
+    *("torchao", "nvidia-modelopt", "compressed-tensors", "fouroversix"),
+)
 QUICK = 8  # by how much --quick shortens the batch
 
 
@@ -64,30 +64,6 @@ def red(patterns: Sequence[str]) -> str | None:
     return None if done.returncode == 0 else (done.stdout + done.stderr)[-4000:]
 
 
-def wrong_on_device(device: torch.device, shape: Shape = RAGGED) -> str | None:
-    """How the kernels differ from fp64 and from the reference on the device itself, or None."""
-    for case in CASES:
-        problem = case.problem(shape, torch.bfloat16, device, case.kept)
-        problem.impl = "triton"
-        problem.redraw(seed=0)
-        problem.restore()
-        value = case.ours(problem)
-        gradients = [gradient.double() for gradient in problem.gradients()]
-        rows, truth = problem.truth()
-        assert value is not None
-        error = float((value[rows].double() - truth).abs().max())
-        if not error <= TOLERANCE:
-            return f"{case.name}: error {error:.2e} against fp64 exceeds {TOLERANCE:.0e}"
-        problem.restore()
-        problem.impl = "reference"
-        case.reference(problem)
-        for gradient, expected in zip(gradients, problem.gradients(), strict=True):
-            distance = float((gradient - expected.double()).norm() / expected.double().norm())
-            if not distance <= GRADIENT_TOLERANCE:
-                return f"{case.name}: a gradient is {distance:.2e} off the reference's"
-    return None
-
-
 @contextmanager
 def world_of_one(device: torch.device) -> Iterator[None]:
     """Megatron's operators want a process group even where there is one rank."""
@@ -99,7 +75,9 @@ def world_of_one(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def measure(case: Case, shape: Shape, device: torch.device, rounds: int, progress: Progress) -> dict[str, Any]:
+def measure(
+    case: Case, tolerance: float, shape: Any, device: torch.device, rounds: int, progress: Progress
+) -> dict[str, Any]:
     """A row of the result, less what is the same in all rows."""
     asked = [peer for peer in case.peers if device.type in peer.devices]
     missing = {peer.name: reason for peer in asked if (reason := peer.missing(device.type)) is not None}
@@ -111,8 +89,8 @@ def measure(case: Case, shape: Shape, device: torch.device, rounds: int, progres
     task = progress.add_task(f"{case.name} {shape}", total=warmup + rounds)
     problem = case.problem(shape, dtype, device, case.kept)
     ours, *theirs = race(contenders, problem, rounds, warmup, lambda: progress.advance(task))
-    if ours.failed or ours.error is None or not ours.error <= TOLERANCE:
-        raise SystemExit(f"{case.name}: {ours.failed or f'error {ours.error} against fp64'}; nothing was kept")
+    if ours.failed or ours.error is None or not ours.error <= tolerance:
+        raise SystemExit(f"{case.name}: {ours.failed or f'error {ours.error} against the truth'}; nothing was kept")
     on_gpu = device.type == "cuda"
     limit = case.share * theirs[-1].median if on_gpu and not theirs[-1].failed else None
     entries = {m.peer.name: entry(m, ours, on_gpu) for m in theirs}
@@ -149,21 +127,9 @@ def entry(theirs: Measured, ours: Measured, with_times: bool) -> dict[str, Any]:
     }
 
 
-def published(case: Case, shape: Shape, name: str) -> dict[str, Any]:
-    found = PUBLISHED.get((case.name, shape.T, shape.V, shape.H, name))
+def published(case: Case, shape: Any, name: str) -> dict[str, Any]:
+    found = PUBLISHED.get((case.name, *vars(shape).values(), name))
     return {} if found is None else {"published_ms": found[0], "source": f"published: {found[1]}"}
-
-
-def workspace(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """L7: what another row says about memory."""
-    for row in rows:
-        if row["case"] == WORKSPACE_OF:
-            peers = {
-                name: {"workspace_bytes": e["workspace_bytes"], "ratio": e["workspace_ratio"], "source": e["source"]}
-                for name, e in row["peers"].items()
-                if "workspace_ratio" in e
-            }
-            yield row | {"case": "L7", "peers": peers, "ours_ms": None, "limit_ms": None, "fraction_of_limit": None}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -195,32 +161,32 @@ def _git(*arguments: str) -> str:
 
 def run(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Every row of the suite, or of the cases asked for."""
-    on_gpu, rows = device.type == "cuda", []
-    wanted = {WORKSPACE_OF if name == "L7" else name for name in arguments.cases} or {case.name for case in CASES}
+    on_gpu, rows, suite = device.type == "cuda", [], SUITES[arguments.suite]
+    wanted = {suite.untimed.get(name, name) for name in arguments.cases or suite.names}
     shapes = [
-        (case, replace(shape, T=shape.T // QUICK) if arguments.quick else shape)
-        for case in CASES
+        (case, shape.shorter(QUICK) if arguments.quick else shape)
+        for case in suite.cases
         for shape in (case.shapes if on_gpu else (case.cpu_shape,))
         if case.name in wanted and shape is not None
     ]
     with world_of_one(device), Progress(transient=True) as progress:
         whole = progress.add_task(arguments.suite, total=len(shapes))
         for case, shape in shapes:
-            rows.append(measure(case, shape, device, arguments.rounds, progress))
+            rows.append(measure(case, suite.tolerance, shape, device, arguments.rounds, progress))
             progress.advance(whole)
             if on_gpu:
                 torch.cuda.empty_cache()
-    rows += list(workspace(rows))
+    if any(name in suite.untimed for name in arguments.cases or suite.names):
+        rows += list(suite.after(rows, device))
     shared = environment(device)
     return [row | shared for row in rows if not arguments.cases or row["case"] in arguments.cases]
 
 
-def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+def merged(rows: list[dict[str, Any]], path: Path, order: Sequence[str]) -> list[dict[str, Any]]:
     """With the other cases that the file holds from the same machine and commit, in the suite's order."""
     new, same = {row["case"] for row in rows}, ("gpu", "commit", "versions")
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     kept = [row for row in old if row["case"] not in new and all(row[key] == rows[0][key] for key in same)]
-    order = [*(case.name for case in CASES), "L7"]
     return sorted([*kept, *rows], key=lambda row: order.index(row["case"]))
 
 
@@ -232,14 +198,14 @@ def slug(device: torch.device) -> str:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=sorted(TESTS), default="log_ratio")
+    parser.add_argument("--suite", choices=sorted(SUITES), default="log_ratio")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: ratios of the reference forms")
     parser.add_argument("--json", type=Path, help="where rows and plot go; a whole run has a place in kernels/results")
-    parser.add_argument("--cases", type=lambda text: tuple(text.split(",")), default=(), help="such as L1,L5")
+    parser.add_argument("--cases", type=lambda text: tuple(text.split(",")), default=(), help="such as L1,L5 or Q1")
     parser.add_argument("--rounds", type=int, default=20, help="measured rounds, after a fifth of them as warm-up")
     parser.add_argument("--quick", action="store_true", help=f"a batch {QUICK} times shorter and 3 rounds, to try out")
     arguments = parser.parse_args(words)
-    known = [case.name for case in CASES] + ["L7"]
+    known = SUITES[arguments.suite].names
     if unknown := [name for name in arguments.cases if name not in known]:
         parser.error(f"--cases {','.join(unknown)}: the cases are {','.join(known)}")
     if arguments.quick:
@@ -258,7 +224,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device(arguments.device)
     rich.print("Running the tests of what is timed ...")
-    failure = red(TESTS[arguments.suite]) or (wrong_on_device(device) if device.type == "cuda" else None)
+    suite = SUITES[arguments.suite]
+    failure = red(suite.tests) or (suite.wrong_on_device(device) if device.type == "cuda" else None)
     if failure:
         rich.print(rich.markup.escape(failure))
         rich.print("Nothing was measured: the tests of what is timed fail.")
@@ -269,7 +236,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if out is None and not arguments.quick and not arguments.cases:
         out = RESULTS / f"{slug(device)}_{arguments.suite}.json"
     if out is not None:
-        rows = merged(rows, out)
+        rows = merged(rows, out, suite.names)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         plot(rows, out.with_suffix(".png"))

@@ -23,6 +23,7 @@ from pathlib import Path
 from gates.capture import capture, launchable
 from gates.cases import CASES
 from gates.judge import TARGETS, Budget, Most, Row, judge
+from gates.nvfp4_budgets import NVFP4_BUDGETS
 from rich.console import Console
 from rich.table import Table
 
@@ -32,8 +33,14 @@ FULL_SM = Most(64, "64 registers let 1024 threads share an SM: 64 KiB in flight 
 REDUCTION = Most(1024, "only a block's reduction goes through shared memory, so it never limits who shares an SM")
 EXP2 = Most(1.3, "one exp2 per logit and few per lane: 16 per cycle and SM, 3.7T/s, of 1.4T/s logits in 0.78 ms")
 BULK = "tiles must move by bulk copies, which take no registers for addresses or on their way"
+AHEAD = "codes and scales must be copied ahead of the products, or each step waits for memory"
 WIDE = "narrower accesses need more instructions for the same bytes"
 LANES = ("LANES", "VECTOR")
+DECODING = (
+    "linear_kernels.logit_tiles_kernel",
+    "linear_operand_kernels.product_kernel",
+    "linear_payload_kernels.payload_kernel",
+)
 
 # Per element, an H100 has 9.9 issue slots (132 SMs x 128 lanes x 1.755 GHz) for each byte at 3.0 TB/s.
 BUDGETS: tuple[Budget, ...] = (
@@ -98,7 +105,7 @@ BUDGETS: tuple[Budget, ...] = (
     ),
     Budget(
         kernel="linear_kernels.logit_tiles_kernel",
-        cases=("linear statistics, *",),
+        cases=("linear statistics, *16",),
         targets=(90,),
         registers=Most(170, "without E to store, the log-sum-exp took 158 to 167"),
     ),
@@ -120,6 +127,48 @@ BUDGETS: tuple[Budget, ...] = (
         opcodes={"UTMASTG": BULK},
     ),
     Budget(kernel="linear_kernels.logit_tiles_kernel", cases=("*fp32",)),  # no spills
+    Budget(
+        kernel="linear_kernels.logit_tiles_kernel",
+        cases=("*NVFP4 weight", "*NVFP4 hidden"),
+        registers=Most(248, "128 of the accumulator and what a step decodes; at 255 spills begin"),
+        block=("ROWS", "COLUMNS"),
+        instructions={
+            "tile": Most(19, "17 as of dense operands, and 2 for the numbers of a step that a thread decodes")
+        },
+        opcodes={"LDGSTS": AHEAD, "UTMALDG": BULK},
+    ),
+    Budget(
+        kernel="linear_kernels.logit_tiles_kernel",
+        cases=("*NVFP4 both*",),
+        block=("ROWS", "COLUMNS"),
+        instructions={"tile": Most(21, "17 as of dense operands, and 4 to decode both: 96 numbers of a step a thread")},
+        opcodes={"LDGSTS": AHEAD},
+    ),
+    *(
+        Budget(
+            kernel=kernel,
+            cases=("*NVFP4*", "linear payload, *"),
+            targets=(target,),
+            opcodes={opcode: f"decoded operands are bf16, for the tensor cores of sm_{target}"},
+        )
+        for kernel in DECODING
+        for target, opcode in ((90, "HGMMA"), (100, "UTCHMMA"))
+    ),
+    Budget(
+        kernel="linear_operand_kernels.product_kernel",
+        registers=Most(128, "two blocks of 256 threads share an SM: one decodes while the other multiplies"),
+        shared=Most(113 << 10, "half of an SM"),
+        opcodes={"LDGSTS": AHEAD},
+    ),
+    Budget(
+        kernel="linear_payload_kernels.payload_kernel",
+        cases=("*bf16", "*NVFP4 weight"),
+        registers=Most(224, "32 of the accumulator, the rest to quantize 32 numbers of a step; at 255 spills begin"),
+        block=("ROWS", "COLUMNS"),
+        instructions={"tile": Most(40, "of the first 64 columns alone: 0.02 per logit at V = 131072")},
+        opcodes={"UTMALDG": BULK},
+    ),
+    Budget(kernel="linear_payload_kernels.payload_kernel", cases=("*stochastic", "*four over six")),  # no spills
     Budget(
         kernel="linear_kernels.join_tiles_kernel",
         registers=Most(128, "four blocks of 128 threads share an SM, each with 192 bytes per thread in flight"),
@@ -145,7 +194,7 @@ BUDGETS: tuple[Budget, ...] = (
     Budget(kernel="linear_kernels.subtract_onehot_kernel", registers=FULL_SM),
     Budget(
         kernel="divergence_kernels.statistics_kernel",
-        cases=("*bf16", "*fp32"),
+        cases=("*bf16", "*fp32", "*NVFP4*"),
         registers=FULL_SM,
         shared=REDUCTION,
         block=LANES,
@@ -185,6 +234,7 @@ BUDGETS: tuple[Budget, ...] = (
         instructions={"write": Most(46, "of 99 issue slots for 10 bytes")},
     ),
     Budget(kernel="divergence_kernels.support_kernel", registers=FULL_SM),
+    *NVFP4_BUDGETS,
 )
 
 

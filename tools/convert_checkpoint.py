@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     to_megatron = commands.add_parser("hf-to-megatron", help="write a Hugging Face directory as a Megatron directory")
     to_megatron.add_argument("source", type=Path, metavar="HF_DIR")
     to_megatron.add_argument("target", type=Path, metavar="MEGATRON_DIR")
-    to_megatron.add_argument("--shards", type=_positive, metavar="N", help=".distcp files; one per 4 GB when left out")
+    default = "when left out one per 4 GB or, where that makes fewer than 8, one per 256 MB up to 8"
+    to_megatron.add_argument("--shards", type=_positive, metavar="N", help=f".distcp files; {default}")
     to_hf = commands.add_parser("megatron-to-hf", help="write a Megatron directory as a Hugging Face directory")
     to_hf.add_argument("source", type=Path, metavar="MEGATRON_DIR")
     to_hf.add_argument("target", type=Path, metavar="HF_DIR")

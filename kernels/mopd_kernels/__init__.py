@@ -8,7 +8,7 @@ signature, chosen by ``impl``.
 
 from mopd_kernels.dispatch import unsupported_reason
 from mopd_kernels.divergence import Divergence, Head, TopK, divergence
-from mopd_kernels.linear import linear_logprob, linear_objective, linear_statistics
+from mopd_kernels.linear import linear_logprob, linear_objective, linear_statistics, linear_statistics_with_payload
 from mopd_kernels.logits import logit_objective, logit_statistics
 from mopd_kernels.objective import METRICS, Objective, Surrogate, Tokens, surrogate
 from mopd_kernels.vocabulary import Statistics
@@ -17,6 +17,7 @@ __all__ = [
     "linear_objective",
     "linear_logprob",
     "linear_statistics",
+    "linear_statistics_with_payload",
     "logit_objective",
     "logit_statistics",
     "divergence",

@@ -43,16 +43,23 @@ def resolve(operator: str, impl: Impl, *tensors: Tensor, tiled: bool = True) -> 
 
     Raises ValueError for an unknown ``impl`` and for ``impl="triton"`` where :func:`unsupported_reason` has one.
     """
+    return choose(operator, impl, tensors[0].is_cuda, lambda: unsupported_reason(*tensors, tiled=tiled))
+
+
+def choose(
+    operator: str, impl: Impl, cuda: bool, unsupported: Callable[[], str | None]
+) -> Literal["triton", "reference"]:
+    """What :func:`resolve` answers for tensors on CUDA or not, and ``unsupported()``, why the kernels cannot run."""
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f"impl = {impl!r}: expected auto, triton or reference")
     if impl == "reference":
         return "reference"
-    reason = unsupported_reason(*tensors, tiled=tiled)
+    reason = unsupported()
     if impl == "triton":
         if reason is not None:
             raise ValueError(f"{operator}: impl = 'triton' cannot run: {reason}; use impl='auto' or 'reference'")
         return "triton"
-    if not tensors[0].is_cuda:
+    if not cuda:
         _say(logging.INFO, operator, "reference", "the tensors are not on CUDA")
         return "reference"
     if reason is not None:

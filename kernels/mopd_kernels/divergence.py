@@ -34,9 +34,11 @@ from torch import Tensor
 
 from mopd_kernels import divergence_reference
 from mopd_kernels.autograd_phase import Phase, current_phase
-from mopd_kernels.dispatch import Impl, resolve, untraced
+from mopd_kernels.dispatch import Impl, choose, untraced
 from mopd_kernels.divergence_chunks import Head, Problem, Rows, TopK, chunks, logit_gradient, measure
 from mopd_kernels.divergence_reference import KINDS, Kind
+from mopd_kernels.linear_operands import Operand, check_numbers, linear, shapes_fit, unsupported_reason
+from mopd_kernels.nvfp4.tensor import NVFP4Tensor
 from mopd_kernels.products import product
 from mopd_kernels.vocabulary import VocabularyShard
 from mopd_kernels.weight_gradient import WeightGradient
@@ -60,8 +62,8 @@ class Divergence(NamedTuple):
 @untraced
 def divergence(
     kind: Kind,
-    student: Head,
-    teacher: Head | TopK,
+    student: Head[Tensor],
+    teacher: Head[Operand] | TopK,
     *,
     temperature: float = 1.0,
     weight_grad: bool = False,
@@ -72,10 +74,10 @@ def divergence(
 ) -> Divergence:
     """The divergence ``kind`` of each row, and how the student stands on the teacher's likeliest tokens.
 
-    ``student`` and a teacher ``Head`` may differ in hidden size and dtype, not in rows or vocabulary shards. ``top_k``
-    asks for the by-products with a teacher ``Head``; a ``TopK`` brings its own k. Collectives: one all_gather of a few
-    numbers per row for each chunk of rows; two for ``jsd`` with a teacher ``Head``, whose summand needs both
-    log-sum-exps.
+    ``student`` and a teacher ``Head`` may differ in hidden size and dtype, not in rows or vocabulary shards. The
+    teacher's hidden states and weight may each be an NVFP4Tensor, decoded as they are multiplied. ``top_k`` asks for
+    the by-products with a teacher ``Head``; a ``TopK`` brings its own k. Collectives: one all_gather of a few numbers
+    per row for each chunk of rows; two for ``jsd`` with a teacher ``Head``, whose summand needs both log-sum-exps.
 
     Differentiable in ``student.hidden``, with ``weight_grad`` also in ``student.weight``; never in the teacher. Without
     ``weight_grad`` the gradient of each row is formed in forward and only scaled in backward, from one computation of
@@ -84,7 +86,10 @@ def divergence(
     """
     shard = _checked(kind, student, teacher, temperature, top_k, group, valid_vocab)
     problem = Problem(kind, shard, temperature, top_k, _implementation(impl, student, teacher))
-    teacher = type(teacher)(*(t.detach() for t in teacher))
+    if isinstance(teacher, Head):
+        teacher = Head(*(t.detach() if isinstance(t, Tensor) else linear(t) for t in teacher))
+    else:
+        teacher = TopK(*(t.detach() for t in teacher))
     weight = student.weight if weight_grad else student.weight.detach()
     return Divergence(*_Divergence.apply(student.hidden, weight, teacher, problem, current_phase()))
 
@@ -92,7 +97,7 @@ def divergence(
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teacher: Head | TopK, problem: Problem, phase: Phase
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher: Head[Operand] | TopK, problem: Problem, phase: Phase
     ) -> tuple[Tensor | None, ...]:
         wants_hidden, again = (phase.gradient and needed for needed in ctx.needs_input_grad[:2])
         d_hidden = torch.zeros_like(hidden) if wants_hidden and not again else None
@@ -102,7 +107,9 @@ class _Divergence(torch.autograd.Function):
         whole = Rows.cat(found)
         ctx.problem, ctx.again = problem, again
         if again:
-            ctx.save_for_backward(hidden, *teacher, *whole)
+            ctx.packed = [None if isinstance(t, Tensor) else t for t in teacher]
+            dense = (t if isinstance(t, Tensor) else None for t in teacher)
+            ctx.save_for_backward(hidden, *dense, *whole)
             ctx.teacher, ctx.weight, ctx.version = type(teacher), weight, weight._version
         else:
             ctx.save_for_backward(d_hidden)
@@ -121,7 +128,8 @@ class _Divergence(torch.autograd.Function):
         if ctx.weight._version != ctx.version:
             raise RuntimeError("the student's weight was changed in place between divergence and its backward")
         hidden, first, second, *rest = ctx.saved_tensors
-        student, teacher, whole = Head(hidden, ctx.weight), ctx.teacher(first, second), Rows(*rest)
+        known = (a if b is None else b for a, b in zip((first, second), ctx.packed, strict=True))
+        student, teacher, whole = Head(hidden, ctx.weight), ctx.teacher(*known), Rows(*rest)
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         sink = WeightGradient(ctx.weight, ctx.problem.shard.columns, True)
         for rows in chunks(student, teacher):
@@ -129,7 +137,9 @@ class _Divergence(torch.autograd.Function):
         return d_hidden, sink.hand_over(), *[None] * 3
 
 
-def _forward(student: Head, teacher: Head | TopK, problem: Problem, rows: slice, d_hidden: Tensor | None) -> Rows:
+def _forward(
+    student: Head[Tensor], teacher: Head[Operand] | TopK, problem: Problem, rows: slice, d_hidden: Tensor | None
+) -> Rows:
     """Of one chunk; a function, so that its logits are gone before the next chunk's are made."""
     logits = problem.logits(student, rows)
     known = problem.known(teacher, rows, logits.dtype)
@@ -142,8 +152,8 @@ def _forward(student: Head, teacher: Head | TopK, problem: Problem, rows: slice,
 
 
 def _backward(
-    student: Head,
-    teacher: Head | TopK,
+    student: Head[Tensor],
+    teacher: Head[Operand] | TopK,
     problem: Problem,
     rows: slice,
     whole: Rows,
@@ -160,9 +170,15 @@ def _backward(
     sink.add(d_logits, student.hidden[rows])
 
 
-def _implementation(impl: Impl, student: Head, teacher: Head | TopK) -> ModuleType:
-    heads = [*student, *teacher] if isinstance(teacher, Head) else [*student]
-    if resolve("divergence", impl, *heads, tiled=False) == "reference":
+def _implementation(impl: Impl, student: Head[Tensor], teacher: Head[Operand] | TopK) -> ModuleType:
+    theirs = [*teacher] if isinstance(teacher, Head) else []
+    tiled = any(isinstance(x, NVFP4Tensor) for x in teacher)  # whose product is not left to cuBLAS
+
+    def unsupported() -> str | None:
+        ours = unsupported_reason(student.hidden, student.weight, tiled=False)
+        return ours or unsupported_reason(*theirs, tiled=tiled)
+
+    if choose("divergence", impl, student.hidden.is_cuda, unsupported) == "reference":
         return divergence_reference
     from mopd_kernels import divergence_triton
 
@@ -174,8 +190,8 @@ def _implementation(impl: Impl, student: Head, teacher: Head | TopK) -> ModuleTy
 
 def _checked(
     kind: str,
-    student: Head,
-    teacher: Head | TopK,
+    student: Head[Tensor],
+    teacher: Head[Operand] | TopK,
     temperature: float,
     top_k: int | None,
     group: dist.ProcessGroup | None,
@@ -188,11 +204,13 @@ def _checked(
     if not isinstance(student, Head) or not isinstance(teacher, Head | TopK):
         got = f"{type(student).__name__} and {type(teacher).__name__}"
         raise ValueError(f"student and teacher are {got}: expected a Head, and a Head or a TopK")
+    if not all(isinstance(x, Tensor) for x in student):
+        raise ValueError("student has an NVFP4 operand: it is trained, so pass it dense; a teacher's may be packed")
     _check_head("student", student)
     shard = VocabularyShard(len(student.weight), group, valid_vocab)
     if isinstance(teacher, Head):
         _check_head("teacher", teacher)
-        ours, theirs = ([len(head.hidden), len(head.weight)] for head in (student, teacher))
+        ours, theirs = ([head.hidden.shape[0], head.weight.shape[0]] for head in (student, teacher))
         if ours != theirs:
             raise ValueError(f"[T, V/tp] is {ours} for student and {theirs} for teacher: they must agree in both")
         k = 1 if top_k is None else top_k
@@ -211,19 +229,16 @@ def _checked(
     return shard
 
 
-def _check_head(name: str, head: Head) -> None:
+def _check_head(name: str, head: Head[Operand]) -> None:
     hidden, weight = head
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    if not shapes_fit(hidden, weight):
         raise ValueError(
             f"{name} has hidden {list(hidden.shape)} and weight {list(weight.shape)}: expected [T, H] and [V/tp, H]"
         )
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(
-            f"{name} has hidden {hidden.dtype} and weight {weight.dtype}: they must be one floating-point dtype"
-        )
+    check_numbers(f"{name} has", hidden, weight)
 
 
-def _check_top_k(student: Head, teacher: TopK) -> None:
+def _check_top_k(student: Head[Tensor], teacher: TopK) -> None:
     ids, logprobs = teacher
     if ids.ndim != 2 or ids.shape != logprobs.shape or len(ids) != len(student.hidden):
         raise ValueError(

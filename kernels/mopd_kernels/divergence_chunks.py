@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mopd_kernels.divergence_reference import Kind, merge, terms
+from mopd_kernels.linear_operands import Operand, rows_of
 from mopd_kernels.vocabulary import VocabularyShard
 
 LOGITS_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
@@ -27,11 +28,11 @@ LOGITS_BYTES = {"cuda": 256 << 20, "cpu": 16 << 20}
 more. On CPU what leaves the caches only costs."""
 
 
-class Head(NamedTuple):
-    """A distribution over the vocabulary as what makes its logits."""
+class Head[X: Operand](NamedTuple):
+    """A distribution over the vocabulary as what makes its logits. A teacher's parts may be packed in NVFP4."""
 
-    hidden: Tensor  # [T, H]; fp32, bf16 or fp16 (fp64: reference only)
-    weight: Tensor  # [V/tp, H], of the same dtype
+    hidden: X  # [T, H]; fp32, bf16 or fp16 (fp64: reference only)
+    weight: X  # [V/tp, H], of the same dtype
 
 
 class TopK(NamedTuple):
@@ -69,17 +70,17 @@ class Problem(NamedTuple):
     top_k: int | None
     form: ModuleType
 
-    def logits(self, head: Head, rows: slice) -> Tensor:
-        return self.form.logits(head.hidden[rows], head.weight[: self.shard.columns])
+    def logits(self, head: Head[Operand], rows: slice) -> Tensor:
+        return self.form.logits(rows_of(head.hidden, rows), rows_of(head.weight, slice(self.shard.columns)))
 
-    def known(self, teacher: Head | TopK, rows: slice, dtype: torch.dtype) -> Tensor | TopK:
+    def known(self, teacher: Head[Operand] | TopK, rows: slice, dtype: torch.dtype) -> Tensor | TopK:
         """Of the teacher in a chunk, in the student's fp32 or fp64: its logits, or the tokens it brings."""
         if isinstance(teacher, Head):
             return self.logits(teacher, rows).to(dtype)
         return TopK(teacher.ids[rows], teacher.logprobs[rows].to(dtype))
 
 
-def chunks(student: Head, teacher: Head | TopK) -> Iterator[slice]:
+def chunks(student: Head[Tensor], teacher: Head[Operand] | TopK) -> Iterator[slice]:
     """Slices over the rows, equal on all ranks, so that they meet in the same collectives; one empty slice for none."""
     width = len(student.weight)  # not the valid columns, which may be fewer on the last ranks
     heads = 2 if isinstance(teacher, Head) else 1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from mopd_kernels.linear_operands import Operand, packed_product
 from mopd_kernels.products import product
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ def merge(parts: Tensor) -> Tensor:
     return torch.stack([parts[:, 0].logsumexp(0), parts[:, 1].logsumexp(0), (share * parts[:, 2]).sum(0)])
 
 
-def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return product(hidden, weight.T)
+def logits(hidden: Operand, weight: Operand) -> Tensor:
+    if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
+        return product(hidden, weight.T)
+    return packed_product(hidden, weight)
 
 
 def statistics(first: Tensor, second: Tensor | None, temperature: float) -> Tensor:

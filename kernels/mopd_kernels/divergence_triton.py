@@ -10,7 +10,9 @@ from torch import Tensor
 from mopd_kernels import divergence_kernels as kernels
 from mopd_kernels.divergence_chunks import Rows
 from mopd_kernels.divergence_reference import KINDS, Kind, merge
-from mopd_kernels.products import product, wide
+from mopd_kernels.linear_operands import Operand
+from mopd_kernels.linear_tiles import packed_logits
+from mopd_kernels.products import product
 
 SPAN = 1 << 15
 """Columns of a row that one program takes: a full chunk then makes about 1000 programs, 8 for each SM of an H100."""
@@ -22,8 +24,11 @@ ALIGNMENT = 16  # logits; rows start at its multiples, for wide loads and for cu
 SUPPORT_BLOCK = 128
 
 
-def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return product(hidden, weight.T, out=_block_of(len(hidden), len(weight), dtype=wide(hidden), device=hidden.device))
+def logits(hidden: Operand, weight: Operand) -> Tensor:
+    out = _block_of(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)
+    if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
+        return product(hidden, weight.T, out=out)
+    return packed_logits(hidden, weight, out)
 
 
 def statistics(first: Tensor, second: Tensor | None, temperature: float) -> Tensor:

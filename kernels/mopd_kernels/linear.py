@@ -7,6 +7,8 @@ Notation: ``z = hidden @ weight.T / temperature``, ``p = softmax(z)``, y the tar
 Each rank of ``group`` holds ``weight[V / tp, H]``, the rows ``rank * V / tp`` onwards, and equal ``hidden [T, H]``; a
 few numbers per token are gathered and joined in rank order. Gradients of ``hidden`` are *partial*: the caller sums them
 over the group. The weight's gradient goes to Megatron's ``main_grad`` where the parameter has one (weight_gradient.py).
+Where no gradient is asked for, hidden states and weight may be packed in NVFP4 (linear_operands.py), each rank's shard
+with a global scale of its own: z is then that of the numbers they stand for, without a matrix of those.
 Columns from ``valid_vocab`` on are padding: never read, gradient zero. ``impl``: see dispatch.py.
 """
 
@@ -22,7 +24,10 @@ from torch import Tensor
 
 from mopd_kernels import reference
 from mopd_kernels.autograd_phase import Phase, current_phase
-from mopd_kernels.dispatch import Impl, resolve, untraced
+from mopd_kernels.dispatch import Impl, choose, untraced
+from mopd_kernels.linear_operands import Operand, check_numbers, refuse_gradient, shapes_fit, unsupported_reason
+from mopd_kernels.nvfp4.operators import Format, check_matrix
+from mopd_kernels.nvfp4.tensor import NVFP4Tensor
 from mopd_kernels.objective import METRICS, Objective, Surrogate, Tokens
 from mopd_kernels.vocabulary import Statistics, VocabularyShard, join
 from mopd_kernels.weight_gradient import WeightGradient
@@ -33,8 +38,8 @@ SCALE_SLACK = 1e-6
 
 @untraced
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
+    hidden: Operand,
+    weight: Operand,
     targets: Tensor,
     *,
     temperature: float = 1.0,
@@ -45,18 +50,22 @@ def linear_logprob(
     """Log-probability of ``targets`` under ``softmax(hidden @ weight.T / temperature)``; fp32 ``[T]``.
 
     ``hidden [T, H]``, ``weight [V/tp, H]`` of one dtype (fp32, bf16, fp16), ``targets`` int64 ``[T]`` of global token
-    numbers. Differentiable in both; logits are made again in backward. Raises ValueError for what does not fit.
+    numbers. Differentiable in both; logits are made again in backward. Either may be an NVFP4Tensor, blocks along H,
+    and neither then gets a gradient. Raises ValueError for what does not fit.
     """
     shard = _checked(hidden, weight, targets, temperature, group, valid_vocab)
     module = _implementation("linear_logprob", impl, hidden, weight)
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
+        refuse_gradient("linear_logprob", hidden, weight)
+        return join(shard.gather(module.local_statistics(hidden, weight, targets, shard, temperature))).logprob
     return _LinearLogprob.apply(hidden, weight, targets, temperature, shard, module)
 
 
 @untraced
 @torch.no_grad()
 def linear_statistics(
-    hidden: Tensor,
-    weight: Tensor,
+    hidden: Operand,
+    weight: Operand,
     targets: Tensor,
     *,
     temperature: float = 1.0,
@@ -68,6 +77,41 @@ def linear_statistics(
     shard = _checked(hidden, weight, targets, temperature, group, valid_vocab)
     module = _implementation("linear_statistics", impl, hidden, weight)
     return join(shard.gather(module.local_statistics(hidden, weight, targets, shard, temperature)))
+
+
+@untraced
+@torch.no_grad()
+def linear_statistics_with_payload(
+    hidden: Tensor,
+    weight: Operand,
+    targets: Tensor,
+    payload: Format | None = None,
+    *,
+    amax: Tensor | None = None,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    valid_vocab: int | None = None,
+    impl: Impl = "auto",
+) -> tuple[Statistics, NVFP4Tensor]:
+    """:func:`linear_statistics` of dense hidden states, and those states in NVFP4 to be kept or sent, in one pass.
+
+    ``payload``: their format, blocks of 1x16 along H; its bytes are those of :func:`mopd_kernels.nvfp4.quantize`, the
+    same on every rank of ``group``. ``amax``: fp32 [], their largest magnitude where it is known; computing it reads
+    them once more. Raises ValueError for what does not fit.
+    """
+    if not isinstance(hidden, Tensor):
+        raise ValueError("hidden is an NVFP4Tensor: it is a payload already; score it with linear_statistics")
+    shard = _checked(hidden, weight, targets, temperature, group, valid_vocab)
+    payload = payload or Format()
+    if payload.block != "1x16":
+        raise ValueError(
+            f"payload.block = {payload.block!r}: hidden states are packed in blocks of 1x16, as 16x16 would give 16"
+            " tokens one scale; use block='1x16'"
+        )
+    check_matrix(hidden, hidden.shape, payload, amax)
+    module = _implementation("linear_statistics_with_payload", impl, hidden, weight)
+    parts, packed = module.statistics_with_payload(hidden, weight, targets, shard, temperature, payload, amax)
+    return join(shard.gather(parts)), packed
 
 
 @untraced
@@ -94,6 +138,11 @@ def linear_objective(
     of micro-batches) as the gradient of the loss, and come once; else it raises. Without ``main_grad`` any upstream
     gradient is right. Raises ValueError for what does not fit.
     """
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
+        raise ValueError(
+            "linear_objective: hidden and weight must be dense, since it forms their gradients; score NVFP4 operands"
+            " with linear_logprob or linear_statistics"
+        )
     shard = _checked(hidden, weight, tokens.targets, temperature, group, valid_vocab, tokens.keep)
     if not (math.isfinite(grad_scale) and grad_scale != 0):
         raise ValueError(f"grad_scale = {grad_scale} must be finite and not 0: it is what backward brings for the loss")
@@ -214,8 +263,9 @@ def _kept_rows(
     return metrics, some.new_zeros(len(some_ratios), len(hidden)).index_copy_(1, rows, some_ratios)
 
 
-def _implementation(operator: str, impl: Impl, hidden: Tensor, weight: Tensor) -> ModuleType:
-    if resolve(operator, impl, hidden, weight) == "reference":
+def _implementation(operator: str, impl: Impl, hidden: Operand, weight: Operand) -> ModuleType:
+    cuda = hidden.device.type == "cuda"
+    if choose(operator, impl, cuda, lambda: unsupported_reason(hidden, weight)) == "reference":
         return reference
     from mopd_kernels import linear_triton
 
@@ -223,26 +273,26 @@ def _implementation(operator: str, impl: Impl, hidden: Tensor, weight: Tensor) -
 
 
 def _checked(
-    hidden: Tensor,
-    weight: Tensor,
+    hidden: Operand,
+    weight: Operand,
     targets: Tensor,
     temperature: float,
     group: dist.ProcessGroup | None,
     valid_vocab: int | None,
     keep: Tensor | None = None,
 ) -> VocabularyShard:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    if not shapes_fit(hidden, weight):
         raise ValueError(f"expected hidden [T, H] and weight [V/tp, H], got {list(hidden.shape)}, {list(weight.shape)}")
-    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}; they must be one floating-point dtype")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+    check_numbers("got", hidden, weight)
+    if targets.shape != tuple(hidden.shape[:1]) or targets.dtype != torch.int64:
+        rows = hidden.shape[0]
         raise ValueError(
-            f"targets is {targets.dtype} {list(targets.shape)}: expected int64 [{len(hidden)}], one per row of hidden"
+            f"targets is {targets.dtype} {list(targets.shape)}: expected int64 [{rows}], one per row of hidden"
         )
     if not hidden.device == weight.device == targets.device:
         raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}, targets on {targets.device}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature = {temperature} must be finite and above 0")
-    shard = VocabularyShard(len(weight), group, valid_vocab)
+    shard = VocabularyShard(weight.shape[0], group, valid_vocab)
     shard.check(targets, keep)
     return shard

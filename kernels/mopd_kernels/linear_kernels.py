@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mopd_kernels.linear_operand_kernels import operand_tile
 from mopd_kernels.triton_common import cast, dot, surrogate_rows
 
 OUTSIDE = tl.constexpr(-1e30)
@@ -22,8 +23,11 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def logit_tiles_kernel(
-    hidden,  # descriptor [T, H]
-    weight,  # descriptor [columns, H]: beyond them it reads zeros, whatever the padding holds
+    hidden,  # descriptor [T, H], or packed (operand_tile)
+    weight,  # descriptor [columns, H]: beyond them it reads zeros, whatever the padding holds; or packed
+    hidden_scales,  # of packed hidden, else None
+    weight_scales,
+    multiplier,  # fp32 [1] where one of them is packed
     exponentials,  # descriptor [T, columns] of E, or None
     guide,  # fp32 [T] to base 2, or None: each tile's maximum
     places,
@@ -39,6 +43,9 @@ def logit_tiles_kernel(
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
+    SWIZZLED: tl.constexpr,
 ):
     """Statistics of ``d = logit - guide`` for every tile ``[ROWS, COLUMNS]``, and E.
 
@@ -48,6 +55,8 @@ def logit_tiles_kernel(
     one, the wait for it moves there too, and ptxas serialises the wgmma of the whole loop.
     """
     tl.assume(H > 0)  # else the flattened loop carries a second epilogue for an empty sum
+    if multiplier is not None:
+        factor *= tl.load(multiplier)
     row_tiles = tl.cdiv(T, ROWS)
     column_tiles = tl.cdiv(columns, COLUMNS)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=True):
@@ -59,7 +68,9 @@ def logit_tiles_kernel(
         column = column_tile * COLUMNS
         accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in tl.range(0, H, DEPTH):
-            accumulator = dot(hidden.load([row, k]), weight.load([column, k]).T, accumulator)
+            a = operand_tile(hidden, hidden_scales, row, T, k, H, ROWS, DEPTH, DTYPE, UNIT, False)
+            b = operand_tile(weight, weight_scales, column, columns, k, H, COLUMNS, DEPTH, DTYPE, UNIT, SWIZZLED)
+            accumulator = dot(a, b.T, accumulator)
         rows = row + tl.arange(0, ROWS)
         inside = rows < T
         origin = None
@@ -67,7 +78,7 @@ def logit_tiles_kernel(
             origin = tl.load(guide + rows, mask=inside, other=0.0)
         place = tl.load(places + rows, mask=inside, other=-1) - column
         hit = tl.max(((place >= 0) & (place < COLUMNS)).to(tl.int32), 0) > 0
-        top, total, weighted = _columns(
+        top, total, weighted = tile_statistics(
             accumulator, exponentials, origin, place, hit, target, rows, row, column, columns - column, factor, PARTS
         )
         if sums is not None:
@@ -79,20 +90,20 @@ def logit_tiles_kernel(
 
 
 @triton.jit
-def _columns(
+def tile_statistics(
     accumulator, exponentials, origin, place, hit, target, rows, row, column, rest, factor, PARTS: tl.constexpr
 ):
     """``(maximum, sum 2^d, sum 2^d d)`` per row, by PARTS pieces of the columns: one piece at a time fits registers."""
     N: tl.constexpr = accumulator.shape[1]
     if PARTS > 1:
         left, right = _halves(accumulator)  # pyright: ignore[reportGeneralTypeIssues]
-        top, total, weighted = _columns(
+        top, total, weighted = tile_statistics(
             left, exponentials, origin, place, hit, target, rows, row, column, rest, factor, PARTS // 2
         )
         place -= N // 2
         rest -= N // 2
         column += N // 2
-        top_r, total_r, weighted_r = _columns(
+        top_r, total_r, weighted_r = tile_statistics(
             right, exponentials, origin, place, hit, target, rows, row, column, rest, factor, PARTS // 2
         )
         if origin is not None:

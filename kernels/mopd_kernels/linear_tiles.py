@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from math import log
 from typing import Any
 
@@ -13,6 +12,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mopd_kernels import linear_kernels as kernels
+from mopd_kernels.device import device_properties
+from mopd_kernels.linear_operand_kernels import product_kernel
+from mopd_kernels.linear_operands import Operand
+from mopd_kernels.linear_packing import Pair
+from mopd_kernels.linear_payload_kernels import payload_kernel
+from mopd_kernels.nvfp4.triton_ops import EXACT, Target
 from mopd_kernels.vocabulary import VocabularyShard
 
 WORKSPACE_BYTES = 300_000_000
@@ -20,8 +25,6 @@ WORKSPACE_BYTES = 300_000_000
 SLAB = 4096
 """Columns of d_hidden formed at a time, since their fp32 product is alive beside E."""
 LOG2_E = 1 / log(2)
-NO_DEVICE = (9, 132)
-"""Compute capability and multiprocessors where there is no device to ask: the H100."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,18 @@ TILES = {
     (9, "exponentials"): Tile(rows=128, columns=256, depth=64, parts=8, warps=8, stages=4, registers=176),
     (10, "statistics"): Tile(rows=128, columns=256, depth=64, parts=4, warps=4, stages=4),
     (10, "exponentials"): Tile(rows=128, columns=256, depth=64, parts=4, warps=8, stages=4),
+    # Decoding takes registers of its own beside the accumulator, so there is no bound. Each number of the weight is
+    # decoded once per row tile: tall tiles halve that work.
+    (9, "packed"): Tile(rows=256, columns=128, depth=64, parts=2, warps=8, stages=4),
+    (10, "packed"): Tile(rows=256, columns=128, depth=64, parts=1, warps=8, stages=4),
+    (9, "logits"): Tile(rows=128, columns=128, depth=64, parts=1, warps=8, stages=4),
+    (10, "logits"): Tile(rows=128, columns=128, depth=64, parts=1, warps=8, stages=4),
 }
 FP32_TILE = Tile(rows=64, columns=64, depth=32, parts=1, warps=8, stages=3)
 """fp32 is multiplied exactly, without tensor cores: for tests and small models."""
+PAYLOAD_TILE = Tile(rows=128, columns=64, depth=64, parts=1, warps=8, stages=3, registers=255)
+"""Of the columns whose programs also quantize: few, as that takes the registers. 128 rows and 4 blocks of 16 are a tile
+of swizzled scales. Left alone, ptxas would rather spill for sm_100 than take more than 128."""
 GROUP = 16
 """Row blocks per turn through the vocabulary: 132 programs then read about as many rows of hidden as of weight."""
 
@@ -57,35 +69,48 @@ GROUP = 16
 class Head:
     """One shard's product and where each target lies in it."""
 
-    hidden: Tensor  # [T, H]
-    weight: Tensor  # [columns, H], without padding
+    pair: Pair
     places: Tensor  # int32 [T], -1 where another shard holds the target
     shard: VocabularyShard
     factor: float  # log2(e) / temperature
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, temperature: float) -> Head:
+    def of(cls, hidden: Operand, weight: Operand, targets: Tensor, shard: VocabularyShard, temperature: float) -> Head:
         local, here = shard.locate(targets)
         return cls(
-            hidden=hidden.contiguous(),
-            weight=weight[: shard.columns].contiguous(),
+            pair=Pair.of(hidden, weight, shard.columns),
             places=local.where(here, -1).int(),
             shard=shard,
             factor=LOG2_E / temperature,
         )
 
+    @property
+    def hidden(self) -> Tensor:
+        return self.pair.hidden
+
+    @property
+    def weight(self) -> Tensor:
+        return self.pair.weight
+
     def tile(self, use: str) -> Tile:
-        if self.hidden.dtype == torch.float32:
-            return FP32_TILE
-        return TILES[10 if _device(self.hidden.device)[0] >= 10 else 9, use]
+        return tile_of(self.pair, use)
 
     def chunks(self, row_bytes: int, tile_rows: int) -> Iterator[slice]:
         """Even slices over the rows, of whole tiles, within the workspace; as many on every rank."""
-        total = len(self.hidden)
+        total = len(self.places)
         most = max(WORKSPACE_BYTES // row_bytes // tile_rows, 1) * tile_rows
         step = max(quotient(quotient(total, quotient(total, most) or 1), tile_rows), 1) * tile_rows
         for start in range(0, total, step):
             yield slice(start, min(start + step, total))
+
+
+def tile_of(pair: Pair, use: str) -> Tile:
+    """``use``: statistics or exponentials of the logits, or the logits themselves."""
+    if pair.dtype == torch.float32:
+        return FP32_TILE
+    if pair.multiplier is not None and use == "statistics":
+        use = "packed"
+    return TILES[10 if device_properties(pair.hidden.device)[0] >= 10 else 9, use]
 
 
 class Workspace:
@@ -111,17 +136,16 @@ def run_tiles(
 ) -> Tensor:
     """All tiles of some rows: writes E and ``sums [3, n]`` where it has them, and returns fp32 ``[n]``, the target's
     logit less the guide to base 2, unset where another shard holds the target."""
-    hidden, places = head.hidden[rows], head.places[rows]
-    n, columns = len(hidden), head.shard.columns
+    places = head.places[rows]
+    n, columns = len(places), head.shard.columns
     column_tiles = quotient(columns, tile.columns)
-    target = hidden.new_empty(n, dtype=torch.float32)
+    target = torch.empty(n, dtype=torch.float32, device=places.device)
     parts = None if sums is None else target.new_empty(3 if guide is None else 2, column_tiles, n)
-    programs = _device(hidden.device)[1]
+    programs = device_properties(places.device)[1]
     launch(
         kernels.logit_tiles_kernel,
         (min(programs, quotient(n, tile.rows) * column_tiles),),
-        hidden=TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
-        weight=TensorDescriptor.from_tensor(head.weight, [tile.columns, tile.depth]),
+        **head.pair.arguments(rows, tile.rows, tile.columns, tile.depth),
         exponentials=None
         if exponentials is None
         else TensorDescriptor.from_tensor(exponentials, [tile.rows, tile.columns // tile.parts]),
@@ -131,7 +155,6 @@ def run_tiles(
         sums=parts,
         T=n,
         columns=columns,
-        H=hidden.shape[1],
         factor=head.factor,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -143,11 +166,75 @@ def run_tiles(
         num_stages=tile.stages,
         maxnreg=tile.registers,
     )
-    if sums is not None:
-        sizes = {"stride": sums.stride(0), "T": n, "tiles": column_tiles}
-        constants = {"GUIDED": guide is not None, "ROWS": 32, "TILES": 64}
-        launch(kernels.join_tiles_kernel, (quotient(n, 32),), parts, target, places, sums, **sizes, **constants)
+    if parts is not None and sums is not None:
+        _join_tiles(parts, target, places, sums, guide is not None)
     return target
+
+
+def run_payload_tiles(head: Head, payload: Target, out: Tensor) -> None:
+    """Of all rows: the statistics ``out [3, T]`` of a head of no more columns than :data:`PAYLOAD_TILE` has, and the
+    payload that the dense hidden states, bf16 or fp16, are quantized to."""
+    tile = PAYLOAD_TILE
+    n, operand = len(head.places), payload.operand
+    target = torch.empty(n, dtype=torch.float32, device=head.places.device)
+    parts = target.new_empty(3, 1, n)
+    given = payload.arguments
+    launch(
+        payload_kernel,
+        (quotient(n, tile.rows),),
+        **head.pair.arguments(slice(None), tile.rows, tile.columns, tile.depth),
+        payload=tuple(given[name] for name in ("amax", "global_scale", "codes", "scales", "flag", "seed")),
+        places=head.places,
+        target=target,
+        sums=parts,
+        T=n,
+        columns=head.shard.columns,
+        width=operand.shape[1],
+        blocks=operand.blocks,
+        factor=head.factor,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        PAYLOAD_SWIZZLED=operand.format.swizzled,
+        KIND=operand.kind,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.registers,
+        **EXACT,
+    )
+    _join_tiles(parts, target, head.places, out, False)
+
+
+def _join_tiles(parts: Tensor, target: Tensor, places: Tensor, out: Tensor, guided: bool) -> None:
+    """``out [3, n]`` of the tiles' ``parts [.., tiles, n]``."""
+    _, tiles, n = parts.shape
+    sizes = {"stride": out.stride(0), "T": n, "tiles": tiles}
+    constants = {"GUIDED": guided, "ROWS": 32, "TILES": 64}
+    launch(kernels.join_tiles_kernel, (quotient(n, 32),), parts, target, places, out, **sizes, **constants)
+
+
+def packed_logits(hidden: Operand, weight: Operand, out: Tensor) -> Tensor:
+    """``out [n, columns]`` in fp32, of which a row is dense, as ``hidden @ weight.T``; one of them at least packed."""
+    pair = Pair.of(hidden, weight, out.shape[1])
+    tile = tile_of(pair, "logits")
+    n, columns = out.shape
+    if out.numel():
+        launch(
+            product_kernel,
+            (quotient(n, tile.rows) * quotient(columns, tile.columns),),
+            **pair.arguments(slice(None), tile.rows, tile.columns, tile.depth),
+            out=out,
+            stride=out.stride(0),
+            T=n,
+            columns=columns,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            GROUP=GROUP,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out
 
 
 def target_logits(head: Head) -> Tensor:
@@ -179,13 +266,3 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 def quotient(a: int, b: int) -> int:
     """``a / b``, rounded up."""
     return -(-a // b)
-
-
-def _device(device: torch.device) -> tuple[int, int]:
-    return _properties(device) if device.type == "cuda" else NO_DEVICE
-
-
-@cache
-def _properties(device: torch.device) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major, properties.multi_processor_count

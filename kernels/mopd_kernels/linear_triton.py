@@ -16,25 +16,34 @@ to leave them out, the host would have to wait for their number in each chunk.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from mopd_kernels import linear_kernels as kernels
+from mopd_kernels.linear_operands import Operand, linear, rows_of
 from mopd_kernels.linear_tiles import (
     LOG2_E,
+    PAYLOAD_TILE,
     SLAB,
     Head,
     Workspace,
     launch,
     quotient,
+    run_payload_tiles,
     run_tiles,
     scale_rows,
     target_logits,
 )
+from mopd_kernels.nvfp4.operators import Format
+from mopd_kernels.nvfp4.tensor import NVFP4Tensor
+from mopd_kernels.nvfp4.triton_ops import Operand as Quantized
+from mopd_kernels.nvfp4.triton_ops import Target, quantize
 from mopd_kernels.objective import Surrogate, Tokens
 from mopd_kernels.products import product
 from mopd_kernels.triton_common import metric_buffers, surrogate_arguments
-from mopd_kernels.vocabulary import Statistics, VocabularyShard, join
+from mopd_kernels.vocabulary import Statistics, VocabularyShard, join, merge_columns
 from mopd_kernels.weight_gradient import WeightGradient
 
 BOUND = {torch.float16: 2.7, torch.bfloat16: 44.0, torch.float32: 44.0}
@@ -43,11 +52,11 @@ fp16 ends at 65504 and loses precision below 6e-5, so it gets a factor of 15."""
 
 
 def local_statistics(
-    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, temperature: float
+    hidden: Operand, weight: Operand, targets: Tensor, shard: VocabularyShard, temperature: float
 ) -> Tensor:
     """fp32 ``[3, T]`` of this shard: log-sum-exp, the target's logit (0 where another shard holds it), and the mean
     log-probability under the shard's own softmax."""
-    out = hidden.new_zeros(3, len(hidden), dtype=torch.float32)
+    out = torch.zeros(3, len(targets), dtype=torch.float32, device=targets.device)
     if not shard.columns:
         out[0] = -torch.inf
         return out
@@ -56,6 +65,33 @@ def local_statistics(
     for rows in head.chunks(12 * quotient(shard.width, tile.columns), tile.rows):
         run_tiles(head, rows, tile, None, None, out[:, rows])
     return out
+
+
+def statistics_with_payload(
+    hidden: Tensor,
+    weight: Operand,
+    targets: Tensor,
+    shard: VocabularyShard,
+    temperature: float,
+    payload: Format,
+    amax: Tensor | None,
+) -> tuple[Tensor, NVFP4Tensor]:
+    """What :func:`local_statistics` and :func:`mopd_kernels.nvfp4.quantize` make of ``hidden``: the programs that score
+    the first columns quantize the tiles of hidden states that they multiply. Not so in fp32, whose tiles are too small
+    (linear_tiles.FP32_TILE), nor where there is nothing to score."""
+    ends = (0, min(PAYLOAD_TILE.columns, shard.columns), shard.columns)
+    first, rest = (shard.piece(slice(a, b)) for a, b in pairwise(ends))
+    if hidden.dtype == torch.float32 or not (first.columns and hidden.numel()):
+        return local_statistics(hidden, weight, targets, shard, temperature), quantize(hidden, payload, amax)
+    hidden, weight = hidden.contiguous(), linear(weight)
+    target, out = Target(Quantized(hidden, payload), amax), torch.empty(3, len(hidden), device=hidden.device)
+    run_payload_tiles(Head.of(hidden, weight, targets, first, temperature), target, out)
+    if rest.columns:
+        others = local_statistics(
+            hidden, rows_of(weight, slice(first.columns, shard.columns)), targets, rest, temperature
+        )
+        out = merge_columns(torch.stack([out, others]))
+    return out, target.tensor()
 
 
 def add_gradients(

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mopd_kernels.linear_operands import Operand, blocks, multiplier_of
+from mopd_kernels.nvfp4.operators import Format
+from mopd_kernels.nvfp4.reference import quantize
+from mopd_kernels.nvfp4.tensor import NVFP4Tensor
 from mopd_kernels.objective import METRICS, Surrogate, Tokens, surrogate
 from mopd_kernels.products import product, wide
-from mopd_kernels.vocabulary import VocabularyShard, join
+from mopd_kernels.vocabulary import VocabularyShard, join, merge_columns
 from mopd_kernels.weight_gradient import WeightGradient
 
 CHUNK_ELEMENTS = 1 << 22
@@ -22,15 +26,43 @@ CHUNK_ELEMENTS = 1 << 22
 
 
 def local_statistics(
-    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabularyShard, temperature: float
+    hidden: Operand, weight: Operand, targets: Tensor, shard: VocabularyShard, temperature: float
 ) -> Tensor:
     """fp32 ``[3, T]`` of this shard: log-sum-exp, the target's logit (0 where another shard holds it), and the mean
     log-probability under the shard's own softmax."""
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor)):
+        return _packed_statistics(hidden, weight, targets, shard, temperature)
     parts = [
         _softmax(logits_of(hidden[rows], weight[: shard.columns], temperature), targets[rows], shard)[0]
         for rows in chunks(len(hidden), shard.width)
     ]
     return torch.cat(parts, dim=1)
+
+
+def _packed_statistics(
+    hidden: Operand, weight: Operand, targets: Tensor, shard: VocabularyShard, temperature: float
+) -> Tensor:
+    """The same by pieces of rows and columns."""
+    multiplier, found = multiplier_of(hidden, weight), []
+    assert multiplier is not None
+    for piece, products in blocks(hidden, weight, shard.columns):
+        columns, factor = shard.piece(piece), multiplier / temperature
+        parts = [_softmax(logits.mul_(factor), targets[rows], columns)[0] for rows, logits in products]
+        found.append(torch.cat(parts, dim=1))
+    return found[0] if len(found) == 1 else merge_columns(torch.stack(found))
+
+
+def statistics_with_payload(
+    hidden: Tensor,
+    weight: Operand,
+    targets: Tensor,
+    shard: VocabularyShard,
+    temperature: float,
+    payload: Format,
+    amax: Tensor | None,
+) -> tuple[Tensor, NVFP4Tensor]:
+    """:func:`local_statistics`, and ``hidden`` quantized."""
+    return local_statistics(hidden, weight, targets, shard, temperature), quantize(hidden, payload, amax)
 
 
 def add_gradients(

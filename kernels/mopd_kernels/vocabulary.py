@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,12 @@ class VocabularyShard:
         here = (local >= 0) & (local < self.columns)
         return local.where(here, 0), here
 
+    def piece(self, columns: slice) -> VocabularyShard:
+        """The shard that has some of this one's valid columns alone."""
+        some = copy(self)
+        some.start, some.columns = self.start + columns.start, columns.stop - columns.start
+        return some
+
     def pick(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logit of each target, 0 where another rank holds it."""
         if self.columns == 0:
@@ -81,13 +88,19 @@ class VocabularyShard:
 
 
 def join(parts: Tensor) -> Statistics:
-    """Statistics of the whole vocabulary from the shards' ``[tp, 3, T]``: log-sum-exp, the target's logit, and the mean
-    log-probability under the shard's own softmax, which is minus its entropy.
+    """Statistics of the whole vocabulary from the shards' ``[tp, 3, T]`` as of :func:`merge_columns`."""
+    lse, logit, mean = merge_columns(parts)
+    return Statistics(logprob=logit - lse, entropy=-mean, lse=lse)
+
+
+def merge_columns(parts: Tensor) -> Tensor:
+    """Of disjoint sets of columns, ``[sets, 3, T]``, to ``[3, T]`` of their union: log-sum-exp, the target's logit, and
+    the mean log-probability under the set's own softmax, which is minus its entropy.
 
     Logits enter by differences alone, so a shift common to all of them costs no accuracy.
     """
     lse = parts[:, 0].logsumexp(0)
     shift = (parts[:, 0] - lse).clamp(min=EMPTY)  # a shard without columns has log-sum-exp -inf, and no share
     share = shift.exp()
-    entropy = -(share * (parts[:, 2] + shift)).sum(0) / share.sum(0)
-    return Statistics(logprob=parts[:, 1].sum(0) - lse, entropy=entropy, lse=lse)
+    mean = (share * (parts[:, 2] + shift)).sum(0) / share.sum(0)
+    return torch.stack([lse, parts[:, 1].sum(0), mean])

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mopd import checkpoint_directory, names
+from megatron_mopd.checkpoint_directory import COMPANIONS
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.conversion import hugging_face_config, plans, torch_dist_writer
 from megatron_mopd.conversion import weights as views
 from megatron_mopd.conversion.hugging_face import INDEX, HuggingFaceWeights
 from megatron_mopd.conversion.hugging_face_config import Architecture
 from megatron_mopd.conversion.jobs import Conversion, Job, Report, write_chunk, write_tensor
-from megatron_mopd.conversion.megatron_weights import COMPANIONS, MegatronWeights, describe
+from megatron_mopd.conversion.megatron_weights import MegatronWeights, describe
 from megatron_mopd.conversion.partial_directory import PartialDirectory, refuse_existing
 from megatron_mopd.conversion.plans import Shard
 from megatron_mopd.conversion.weights import EMBEDDING, HEAD, Companion
@@ -51,8 +52,13 @@ def hugging_face_to_megatron(
     written, naming every tensor that is missing, unknown, double, misshapen or damaged; later, for NaN and for a full
     disk, what is whole is kept and the same call goes on with it.
     """
-    _refuse(target, source)
+    refuse(target, source)
     with closing(HuggingFaceWeights(source)) as weights:
+        if weights.companion.config.get("quantization_config"):
+            raise ConfigurationError(
+                f"{source}: is quantized, and a model computes with its values; write those with"
+                f" python tools/quantize_checkpoint.py {source} OUT --dequantize and convert OUT"
+            )
         origin = str(source / hugging_face_config.FILE)
         model, shapes, expected = plans.expected_layouts(weights, weights.companion, origin, without_mtp=without_mtp)
         plans.check(weights, expected, without_mtp=without_mtp)
@@ -67,7 +73,7 @@ def hugging_face_to_megatron(
             common = {"iteration": 0, "checkpoint_version": 3.0}
             states = names.extra_states(shapes)
             torch_dist_writer.write_rest(where, tensors, common, f"__{len(plan)}_0.distcp", states)
-            _copy(weights.companion.files, where / COMPANIONS)
+            copy_files(weights.companion.files, where / COMPANIONS)
             manifest = _manifest(checkpoint_id, model, tensors, weights.companion) | _text_format(source)
             (where / checkpoint_directory.MANIFEST).write_text(json.dumps(manifest, indent=1))
             (partial.path / checkpoint_directory.POINTER).write_text(RELEASE)
@@ -92,7 +98,7 @@ def megatron_to_hugging_face(
     ``like`` for one that came without. Errors as in :func:`hugging_face_to_megatron`; tensors that are not what the
     manifest's ``checkpoint_id`` says are an error, too.
     """
-    _refuse(target, like)
+    refuse(target, like)
     with closing(MegatronWeights(source, like)) as weights:
         if weights.companion is None:
             raise ConfigurationError(
@@ -102,29 +108,25 @@ def megatron_to_hugging_face(
         origin = str(like or weights.path)
         _, _, expected = plans.expected_layouts(weights, weights.companion, origin, without_mtp=without_mtp)
         plans.check(weights, expected, without_mtp=without_mtp)
-        companion = _tie(weights, weights.companion)
+        companion = tie(weights, weights.companion)
         dropped = _select(weights, expected)
         plan = plans.hugging_face_shards(weights, expected, companion, largest_shard)
         promised = None if dropped else weights.manifest.get("checkpoint_id")
 
         def finish(partial: PartialDirectory, checkpoint_id: str) -> None:
-            if promised not in (None, checkpoint_id):
-                raise ConfigurationError(
-                    f"{weights.path}: {checkpoint_directory.MANIFEST} says checkpoint_id {promised[:12]}, the tensors"
-                    f" give {checkpoint_id[:12]}; one of the two was exchanged or damaged: take them from their source"
-                )
+            check_promise(weights, promised, checkpoint_id)
             if len(plan) > 1:
                 (partial.path / INDEX).write_text(json.dumps(_index(plan), indent=2) + "\n")
             text = json.dumps(companion.config, indent=2, ensure_ascii=False)
             (partial.path / hugging_face_config.FILE).write_text(text + "\n", encoding="utf-8")
-            _copy(companion.files, partial.path)
+            copy_files(companion.files, partial.path)
 
         job = Job(weights, plan, write_tensor, allow_nan, report)
         skipped = {"optimizer tensors": weights.optimizer_tensors, "objects": weights.objects}
         return job.run(target, finish, companion, skipped)
 
 
-def _refuse(target: Path, source: Path | None) -> None:
+def refuse(target: Path, source: Path | None) -> None:
     """Refuse a target that exists, or that lies in the directory whose files it would take along."""
     refuse_existing(target)
     if source is not None and source.resolve() in target.resolve().parents:
@@ -196,7 +198,16 @@ def _text_format(source: Path) -> dict[str, str]:
     return {"tokenizer_sha": tokenizer.tokenizer_sha, "template_sha": tokenizer.template_sha}
 
 
-def _tie(weights: MegatronWeights, companion: Companion) -> Companion:
+def check_promise(weights: MegatronWeights, promised: str | None, checkpoint_id: str) -> None:
+    """Refuse tensors that are not what the manifest's ``checkpoint_id``, where there is one, says."""
+    if promised not in (None, checkpoint_id):
+        raise ConfigurationError(
+            f"{weights.path}: {checkpoint_directory.MANIFEST} says checkpoint_id {promised[:12]}, the tensors"
+            f" give {checkpoint_id[:12]}; one of the two was exchanged or damaged: take them from their source"
+        )
+
+
+def tie(weights: MegatronWeights, companion: Companion) -> Companion:
     """``companion`` with the head tied as the weights have it.
 
     A head that is no longer the embedding, trained apart by a program that knows no tying, is stored, and the
@@ -221,7 +232,8 @@ def _index(plan: Sequence[Shard]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": {name: placed[name] for name in sorted(placed)}}
 
 
-def _copy(files: Mapping[str, Path], target: Path) -> None:
+def copy_files(files: Mapping[str, Path], target: Path) -> None:
+    """Copy what lies beside a checkpoint's weights into the directory ``target``, by relative name."""
     for name, file in files.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / name)

@@ -27,8 +27,7 @@ _SYMBOLS = {
     "moe": "E",
     "mlp": "-",
 }
-# Preset field: the names that configurations give it, and the layer that cannot do without it ("": every model).
-_FIELDS: dict[str, tuple[tuple[str, ...], str]] = {
+FIELDS: dict[str, tuple[tuple[str, ...], str]] = {
     "vocab_size": (("vocab_size",), ""),
     "hidden_size": (("hidden_size",), ""),
     "num_attention_heads": (("num_attention_heads",), "*"),
@@ -47,6 +46,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], str]] = {
     "moe_router_topk_scaling_factor": (("routed_scaling_factor",), "E"),
     "ffn_hidden_size": (("intermediate_size",), "-"),
 }
+"""Preset field: the names that configurations give it, and the layer that cannot do without it ("": every model)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,17 +102,22 @@ def architecture(config: Mapping[str, Any], origin: str) -> Architecture:
         )
     main = _pattern(config, "", origin)
     depths = config.get("num_nextn_predict_layers") or 0
+    for key, value in (("num_nextn_predict_layers", depths), ("moe_latent_size", config.get("moe_latent_size") or 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ConfigurationError(
+                f"{origin}: {key} = {value!r}: must be a whole number; take the file from its source again"
+            )
     mtp = _pattern(config, "mtp_", origin) if depths else ""
-    dimensions = {name: _dimension(config, name, main + mtp, origin) for name in _FIELDS}
+    dimensions = {name: _dimension(config, name, main + mtp, origin) for name in FIELDS}
     preset = Preset(
         pattern=main + f"/{mtp}" * depths,
         moe_latent_size=config.get("moe_latent_size"),
-        init_method_std=float(config.get("initializer_range", PRESETS["tiny"].init_method_std)),
+        init_method_std=float(config.get("initializer_range") or PRESETS["tiny"].init_method_std),
         **dimensions,
     )
     for larger, smaller in (("num_attention_heads", "num_query_groups"), ("mamba_num_heads", "mamba_num_groups")):
         if getattr(preset, larger) % getattr(preset, smaller):
-            names = [_FIELDS[name][0][0] for name in (smaller, larger)]
+            names = [FIELDS[name][0][0] for name in (smaller, larger)]
             raise ConfigurationError(
                 f"{origin}: {names[0]} = {getattr(preset, smaller)} does not divide {names[1]} ="
                 f" {getattr(preset, larger)}; take the configuration from its source again"
@@ -152,7 +157,7 @@ def _pattern(config: Mapping[str, Any], prefix: str, origin: str) -> str:
 
 
 def _dimension(config: Mapping[str, Any], name: str, pattern: str, origin: str) -> Any:
-    keys, symbol = _FIELDS[name]
+    keys, symbol = FIELDS[name]
     for key in keys:
         value = config.get(key)
         if value is None:

@@ -58,8 +58,18 @@ def open_weights(
         return MegatronWeights(path, like, other)
     if (path / hugging_face_config.FILE).is_file():
         return HuggingFaceWeights(path)
-    what = f"holds neither a Megatron checkpoint nor a {hugging_face_config.FILE}" if path.is_dir() else "no directory"
-    raise ConfigurationError(f"{path}: {what}; name a checkpoint directory of one of the two kinds")
+    raise neither(path)
+
+
+def neither(path: Path) -> ConfigurationError:
+    """The error for a ``path`` that is a checkpoint directory of neither kind."""
+    what = "no such directory"
+    if path.exists():
+        what = f"holds neither a complete Megatron checkpoint nor a {hugging_face_config.FILE}"
+    return ConfigurationError(
+        f"{path}: {what}; name a Megatron directory (iter_*/ inside, or one of those) or a Hugging Face one"
+        f" ({hugging_face_config.FILE} and safetensors)"
+    )
 
 
 def inspect(path: Path, *, identify: bool = True, report: Report | None = None) -> Inspection:

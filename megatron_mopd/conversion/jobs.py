@@ -1,8 +1,8 @@
 """The writing part of a conversion: files side by side, every tensor hashed and looked through for NaN on the way.
 
-Memory holds one buffer of ``weights.BLOCK`` bytes (16 MiB) for each file being written, of which there are at most as
-many as cores and never more than ``WORKERS``, and as much again where a layout cut a tensor along inner axes; beside
-them the names and places of all tensors, some 2 KB each. The size of tensors does not matter.
+Memory holds one buffer of ``weights.BLOCK`` bytes (1 MiB) for each file being written, of which there are at most two
+a core and never more than ``WORKERS``, and as much again where a layout cut a tensor along inner axes; beside them the
+names and places of all tensors, some 2 KB each. The size of tensors does not matter.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from typing import Any, BinaryIO
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.conversion import plans, safetensors_file, torch_dist_writer
 from megatron_mopd.conversion import weights as views
-from megatron_mopd.conversion.hugging_face import HuggingFaceWeights
-from megatron_mopd.conversion.megatron_weights import MegatronWeights
 from megatron_mopd.conversion.partial_directory import PartialDirectory, open_partial
 from megatron_mopd.conversion.plans import Item, Shard
 from megatron_mopd.conversion.weights import BLOCK, Companion, Weights
 
 logger = logging.getLogger(__name__)
 
-WORKERS = 8
-"""Files written at a time, at most; hashing keeps a core busy with each."""
+WORKERS = 16
+"""Files written at a time, at most: two a core, so that one is hashed while another waits for the disk."""
 _OTHER_FILES = 2**20  # bytes of metadata, per thousand tensors
 
 Report = Callable[[int, int], Any]
@@ -50,13 +48,17 @@ class Conversion:
 
 
 class Job:
-    """The files of a plan, written side by side, each tensor hashed and looked through for NaN on the way."""
+    """The files of a plan, written side by side, each tensor hashed and looked through for NaN on the way.
+
+    ``write`` writes one of them and returns what is to be remembered of each of its items, plain numbers; it is found
+    again under ``places`` in ``PartialDirectory.done``, also after an interruption.
+    """
 
     def __init__(
         self,
-        weights: HuggingFaceWeights | MegatronWeights,
+        weights: Weights,
         plan: Sequence[Shard],
-        write: Callable[[Job, BinaryIO, Shard, Hashes], list[list[int]]],
+        write: Callable[[Job, BinaryIO, Shard, Hashes], Sequence[Sequence[float]]],
         allow_nan: bool,
         report: Report | None,
     ) -> None:
@@ -102,7 +104,7 @@ class Job:
         )
 
     def _convert(self, todo: Sequence[Shard], partial: PartialDirectory) -> None:
-        workers = max(1, min(len(todo), os.cpu_count() or 1, WORKERS))
+        workers = max(1, min(len(todo), 2 * (os.cpu_count() or 1), WORKERS))
         with ThreadPoolExecutor(workers) as pool:
             futures = [pool.submit(self._convert_one, shard, partial) for shard in todo]
             try:

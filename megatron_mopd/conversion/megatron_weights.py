@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mopd import checkpoint_directory, names, torch_dist
+from megatron_mopd.checkpoint_directory import COMPANIONS
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.conversion import hugging_face, hugging_face_config
 from megatron_mopd.conversion.torch_dist_raw import RawReader
 from megatron_mopd.conversion.weights import EMBEDDING, HEAD, Companion, Entry, Problems
 from megatron_mopd.torch_dist import Stored
 
-COMPANIONS = "hugging_face"
-"""Folder of a checkpoint, and entry of its manifest, with what a Hugging Face directory holds beside weights."""
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _OPTIMIZER = ("optimizer.", "chained_")
 _OBJECTS = ("optimizer", "chained_", "common_state", "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
@@ -38,7 +37,7 @@ class MegatronWeights:
         self.path = checkpoint_directory.resolve(path)
         self.problems = Problems(self.path)
         self.manifest = checkpoint_directory.read_manifest(self.path)
-        self.companion = _companion(self.path, self.manifest, like)
+        self.companion = companion_of(self.path, self.manifest, like)
         self.index = torch_dist.open_index(self.path)
         self._reader = RawReader(self.index)
         config = self.companion.config if self.companion else {}
@@ -122,7 +121,9 @@ class MegatronWeights:
             self.aliases[HEAD] = EMBEDDING
 
 
-def _companion(path: Path, manifest: Mapping[str, Any], like: Path | None) -> Companion | None:
+def companion_of(path: Path, manifest: Mapping[str, Any], like: Path | None = None) -> Companion | None:
+    """What the Hugging Face directory ``like`` or else the checkpoint at ``path`` holds beside weights; None for a
+    checkpoint that came without. Raises :class:`ConfigurationError` for files that its manifest names in vain."""
     if like is not None:
         return Companion(config=hugging_face_config.read(like), files=hugging_face.carried_files(like))
     if not isinstance(found := manifest.get(COMPANIONS), dict):

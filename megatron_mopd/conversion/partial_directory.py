@@ -28,6 +28,10 @@ class DiskFullError(OSError):
     """The disk ran full; what is whole is kept."""
 
 
+class BusyError(ConfigurationError):
+    """Another process is writing the same directory."""
+
+
 class PartialDirectory:
     """``target`` under construction as ``<target>.partial``; made by :func:`open_partial`.
 
@@ -63,8 +67,9 @@ def open_partial(target: Path, fingerprint: str, sizes: Mapping[str, int], other
     """Begin or go on with ``target``, of which ``sizes`` lists the journaled files' bytes and ``other`` the rest's.
 
     ``fingerprint`` says what is written; an unfinished directory of something else is refused. Raises
-    :class:`ConfigurationError` for that, for a target that exists, for another process at work on it, for files of
-    other origin in ``<target>.partial`` and for a disk with less room than is needed, before anything is written;
+    :class:`ConfigurationError` for that, for a target that exists, for another process at work on it
+    (:class:`BusyError`), for files of other origin in ``<target>.partial`` and for a disk with less room than is
+    needed, before anything is written;
     :class:`DiskFullError` when it runs full on the way.
     """
     refuse_existing(target)
@@ -82,7 +87,7 @@ def open_partial(target: Path, fingerprint: str, sizes: Mapping[str, int], other
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigurationError(f"{path}: another process is writing it; wait for that one") from None
+            raise BusyError(f"{path}: another process is writing it; wait for that one") from None
         refuse_existing(target)  # by a process that held the lock until now
         done = _read_journal(path, fingerprint, journal)
         for file in [p for p in path.rglob("*") if p.is_file()]:  # begun and not finished: its room is needed again

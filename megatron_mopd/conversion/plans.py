@@ -24,7 +24,10 @@ from megatron_mopd.conversion.weights import EMBEDDING, FLOATS, HEAD, Companion,
 from megatron_mopd.names import Layout, Segment
 
 MEGATRON_SHARD = 4 * 10**9
-"""Bytes of a ``.distcp`` file, about, when no number of shards is asked for."""
+"""Bytes of a ``.distcp`` file, about, when no number of shards is asked for; see SMALL_SHARD for small checkpoints."""
+SMALL_SHARD, SMALL_SHARDS = 256 * 10**6, 8
+"""Bytes of a file, about, where MEGATRON_SHARD would make fewer than so many of them: one worker writes a file, and
+several are to be busy. The cores have no say, so that another machine goes on with an interrupted conversion."""
 HUGGING_FACE_SHARD = 5 * 10**9
 """Bytes of a ``.safetensors`` file, at most; a larger tensor has one of its own. The published checkpoints' size."""
 MISSING, UNKNOWN = "missing", "unknown to config.json"
@@ -120,7 +123,7 @@ def megatron_shards(
         items += _chunks(name, Entry(shape, dtypes.pop()), inverse[name])
     weights.problems.check("Save them in one dtype.")
     total = sum(item.entry.size for item in items)
-    number = shards or -(-total // MEGATRON_SHARD) or 1
+    number = shards or max(-(-total // MEGATRON_SHARD), min(-(-total // SMALL_SHARD), SMALL_SHARDS), 1)
     cut = _cut(_units(items), number, total)
     return [Shard(f"__{i}_0.distcp", tuple(group)) for i, group in enumerate(cut)]
 

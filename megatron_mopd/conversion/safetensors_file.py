@@ -28,6 +28,7 @@ _DTYPES = {name: dtype for dtype, name in FLOATS.items()} | {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -84,7 +85,7 @@ def header(tensors: Sequence[tuple[str, Entry]]) -> bytes:
     end = 0
     for name, entry in tensors:
         begin, end = end, end + math.prod(entry.shape) * entry.dtype.itemsize
-        tree[name] = {"dtype": FLOATS[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+        tree[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     return struct.pack("<Q", len(text)) + text

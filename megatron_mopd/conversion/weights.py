@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.identity import Digest, combine
 
-BLOCK = 16 * 2**20
-"""Bytes read at a time."""
+BLOCK = 2**20
+"""Bytes read at a time: few enough that what is done with them next finds them in a core's cache."""
 EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Dtypes of weights that can be converted, with safetensors' names of them."""
@@ -98,6 +99,9 @@ class Weights(Protocol):
     @property
     def aliases(self) -> Mapping[str, str]: ...  # entry -> the entry whose elements it shares
 
+    @property
+    def files(self) -> list[Path]: ...  # that hold the tensors
+
     def read(self, name: str, start: int, into: memoryview) -> None:
         """Fill ``into`` with the elements of ``name`` from number ``start`` on, row-major."""
         ...
@@ -140,8 +144,16 @@ def identify(weights: Weights, digests: Mapping[str, str]) -> str:
 
 
 def has_nan(content: memoryview, dtype: torch.dtype) -> bool:
-    """Whether a run of elements has a NaN; the maximum is one exactly then, and is found at memory speed."""
-    return bool(torch.frombuffer(content, dtype=dtype).max().isnan())
+    """Whether a run of elements has a NaN, found at memory speed.
+
+    A NaN's bits, read as an integer, lie above those of the infinity of its sign; numpy's maximum of wider types is NaN
+    where one element is. numpy, because torch would take threads for it that are busy hashing.
+    """
+    if dtype.itemsize > 2:
+        return bool(np.isnan(np.frombuffer(content, np.float32 if dtype == torch.float32 else np.float64).max()))
+    infinity = 0x7F80 if dtype == torch.bfloat16 else 0x7C00
+    positive, negative = np.frombuffer(content, np.int16), np.frombuffer(content, np.uint16)
+    return bool(positive.max() > infinity or negative.max() > infinity + 0x8000)
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:

@@ -29,8 +29,9 @@ LOGPROB_WORKSPACE = 300 * 10**6
 class Shard:
     """One rank's share of a model and how it computes.
 
-    ``stack``: fused, transformer-engine and mamba-ssm; local, the stand-ins of megatron_mopd.local_spec. ``balance``:
-    tokens of the busiest rank's experts over the mean.
+    ``preset`` is staged (``presets.staged``), ``stage`` counts its pipeline stages from 0. ``stack``: fused,
+    transformer-engine and mamba-ssm; local, the stand-ins of megatron_mopd.local_spec. ``balance``: tokens of the
+    busiest rank's experts over the mean.
     """
 
     preset: Preset
@@ -38,6 +39,18 @@ class Shard:
     bytes_each: int
     stack: Stack
     balance: float
+    stage: int = 0
+
+    @property
+    def layers(self) -> str:
+        """Those of the trunk on this stage."""
+        return parse_pattern(self.preset.pattern).stages[self.stage]
+
+    @property
+    def waiting(self) -> int:
+        """Micro-batches that await their backward pass while another is in it: as many as stages follow this one, under
+        mcore's schedule of one forward and one backward in turn (1F1B, Narayanan et al. 2021, arXiv 2104.04473)."""
+        return len(parse_pattern(self.preset.pattern).stages) - 1 - self.stage
 
     @property
     def sequence_ways(self) -> int:
@@ -106,39 +119,44 @@ def update(s: Shard, tokens: float, recompute: Recompute, mtp: bool) -> float:
 
     Walks backward from the output: what is kept of the layers still to come, plus the layers at work. A recomputed
     expert layer, once done, still holds its input and the input's gradient: mcore's token dispatcher keeps the
-    routing weights, and with them their graph, until the layer's next forward.
+    routing weights, and with them their graph, until the layer's next forward. Micro-batches that wait on an earlier
+    pipeline stage keep their input and what its layers keep; the output, once sent, is freed.
     """
     p, t = s.preset, tokens / s.sequence_ways
-    parsed = parse_pattern(p.pattern)
+    parsed, segments = parse_pattern(p.pattern), _segments(s.layers, recompute)
     stages = [
         _Stage(kept=t * s.hidden, at_work=sum(kept(s, x, tokens) for x in segment), held=segment.count("E"))
         if again
         else _Stage(kept=sum(kept(s, x, tokens) for x in segment), at_work=0.0, held=0)
-        for segment, again in _segments(parsed.main, recompute)
+        for segment, again in segments
     ]
-    temporary = [max(working(s, x, tokens) for x in segment) for segment, _ in _segments(parsed.main, recompute)]
+    temporary = [max(working(s, x, tokens) for x in segment) for segment, _ in segments]
+    waiting = s.waiting * (t * s.hidden + sum(stage.kept for stage in stages))
     heads = 1
-    if mtp and parsed.mtp:
+    if s.waiting:  # the gradient comes from the next stage
+        stages.append(_Stage(kept=0.0, at_work=0.0, held=0))
+        temporary.append(2 * t * s.hidden)
+    elif mtp and parsed.mtp:
         heads += parsed.depths
         stages += [_mtp_stage(s, parsed.mtp, tokens, recompute)] * parsed.depths
         temporary += [max(working(s, x, tokens) for x in parsed.mtp)] * parsed.depths
-    stages.append(_Stage(kept=heads * (_norm(s, t) + tokens * s.hidden), at_work=0.0, held=0))
-    temporary.append((2 + (s.parallel.tensor > 1)) * tokens * s.hidden)
+    if not s.waiting:
+        stages.append(_Stage(kept=heads * (_norm(s, t) + tokens * s.hidden), at_work=0.0, held=0))
+        temporary.append((2 + (s.parallel.tensor > 1)) * tokens * s.hidden)
     before = sum(stage.kept for stage in stages)
     peak = held = 0.0
     for stage, extra in zip(reversed(stages), reversed(temporary), strict=True):
         peak = max(peak, before + stage.at_work + extra + held)
         before -= stage.kept
         held += stage.held * (2 * t * s.hidden + t * _dispatcher(p))
-    return t * s.hidden + peak  # with the embedding's output
+    return t * s.hidden + peak + waiting  # with the embedding's output, or what the stage before sent
 
 
 def scoring(s: Shard, tokens: float) -> float:
     """Peak bytes of a forward pass without gradients: two hidden states, the widest layer and the gathered rows."""
-    main = parse_pattern(s.preset.pattern).main
     t = tokens / s.sequence_ways
-    layers = [kept(s, symbol, tokens) for symbol in set(main)]
-    if "E" in main:
+    layers = [kept(s, symbol, tokens) for symbol in set(s.layers)]
+    if "E" in s.layers:
         layers.append(_experts(s, t, tokens))
     gathered = tokens * s.hidden if s.parallel.tensor > 1 else 0
     return 2 * t * s.hidden + max(max(layers) + gathered, 2 * tokens * s.hidden)
@@ -147,13 +165,19 @@ def scoring(s: Shard, tokens: float) -> float:
 def cache(s: Shard, rows: int, capacity: int) -> tuple[int, int]:
     """Bytes that sampling remembers of ``rows`` sequences: (keys and values of ``capacity`` tokens, Mamba states)."""
     p, tensor = s.preset, s.parallel.tensor
-    main = parse_pattern(p.pattern).main
     groups = max(p.num_query_groups // tensor, 1)
     attention = rows * capacity * (2 * groups * p.kv_channels + 1) * s.bytes_each
     heads, shared = p.mamba_num_heads // tensor, p.mamba_num_groups // tensor * p.mamba_state_dim
     inner = heads * p.mamba_head_dim
     mamba = inner * p.mamba_state_dim * 4 + (p.mamba_conv - 1) * (inner + 2 * shared) * s.bytes_each
-    return main.count("*") * attention, main.count("M") * rows * mamba
+    return s.layers.count("*") * attention, s.layers.count("M") * rows * mamba
+
+
+def replaced(s: Shard, rows: int, capacity: int) -> int:
+    """Bytes that the largest of one layer's caches takes: megatron_mopd.decoding makes those of all ``rows`` with the
+    first of their prompts, layer by layer in place of the batch before, and copies them so when rows end."""
+    keys, states = cache(s, rows, capacity)
+    return max(keys // max(s.layers.count("*"), 1), states // max(s.layers.count("M"), 1))
 
 
 def prefill(s: Shard, rows: int, prompt: int) -> float:
@@ -171,12 +195,18 @@ def prefill(s: Shard, rows: int, prompt: int) -> float:
         "M": tokens * ((8 + e) * p.hidden_size + _scan(s, min(p.mamba_chunk, prompt))),
         "E": tokens * 3 * s.hidden + _experts(s, tokens, tokens),
     }
-    return max(layer[symbol] for symbol in set(parse_pattern(p.pattern).main))
+    return max(layer[symbol] for symbol in set(s.layers))
 
 
 def drawing(s: Shard, rows: int) -> int:
     """Bytes of drawing one token a row: this rank's fp32 logits ``[rows, V/tp]`` and their fp64 cumulative sum."""
     return rows * (-(-s.preset.vocab_size // s.parallel.tensor)) * (4 + 4 + 8 + 8)
+
+
+def step(s: Shard, rows: int, capacity: int) -> float:
+    """Peak bytes of one token a row where the caches are full: attention's scores, twice, and its fp32 weights."""
+    heads = s.preset.num_attention_heads / s.parallel.tensor
+    return rows * capacity * heads * (2 * s.bytes_each + 4) if "*" in s.layers else 0
 
 
 @dataclass(frozen=True, slots=True)

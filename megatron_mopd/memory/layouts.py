@@ -7,7 +7,7 @@ GPU and no process group.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from megatron_mopd import presets
@@ -20,7 +20,8 @@ def check(config: Config, machine: Machine) -> None:
     """Refuse a layout that cannot be, by the rules of presets, parallel and Megatron-Core itself.
 
     Raises :class:`ConfigurationError` for dimensions that a layout does not divide, a number of GPUs it does not fill,
-    pipeline stages, a sequence length that sequence parallelism cannot cut, and where Megatron-Core is missing.
+    stages without what they need, a sequence length that sequence parallelism cannot cut, and where Megatron-Core is
+    missing.
     """
     try:
         from megatron_mopd import student
@@ -66,11 +67,19 @@ def check_prompt(prompt: int | None, length: int) -> None:
 def layouts(config: Config, machine: Machine) -> Iterator[Config]:
     """The configuration in every layout its dimensions and the machine allow.
 
-    Tensor parallelism, inside experts too, stays within a node, where the links are fast.
+    Tensor parallelism, inside experts too, stays within a node, where the links are fast. Besides the configuration's
+    own number of pipeline stages, which leave GPUs idle while one of them samples, 1, 2, 4 and 8 are tried.
     """
     within, p = range(1, min(machine.gpus_per_node, machine.world) + 1), presets.resolve(config.model)
-    sizes = {"tensor": within, "expert": range(1, p.num_moe_experts + 1), "expert_tensor": within}
+    sizes: dict[str, Iterable[int]] = {
+        "tensor": within,
+        "expert": range(1, p.num_moe_experts + 1),
+        "expert_tensor": within,
+        "pipeline": sorted({1, 2, 4, 8, config.parallel.pipeline}),
+    }
     alone = dict.fromkeys(FIELDS, 1)
+    if "|" in p.pattern:  # its borders fix the number of stages
+        sizes["pipeline"], alone["pipeline"] = [config.parallel.pipeline], config.parallel.pipeline
     possible = [[n for n in sizes[f] if _allowed(with_layout(config, alone | {f: n}), machine)] for f in FIELDS]
     for chosen in product(*possible):
         other = with_layout(config, dict(zip(FIELDS, chosen, strict=True)))
@@ -98,19 +107,21 @@ def every_plan(config: Config, machine: Machine) -> list[Plan]:
 
 def nearest_fit(given: Plan, plans: Sequence[Plan]) -> Plan | None:
     """The layout that fits with the fewest doublings and halvings away from the given one; of several, the one with
-    the smallest tensor parallel size, then with the least memory. None when no layout fits."""
+    the fewest pipeline stages, the smallest tensor parallel size, then the least memory. None when no layout fits."""
     fitting = [p for p in plans if p.fits]
-    return min(fitting, key=lambda p: (distance(given, p), p.layout["tensor"], p.peak), default=None)
+    key = lambda p: (distance(given, p), p.layout["pipeline"], p.layout["tensor"], p.peak)  # noqa: E731
+    return min(fitting, key=key, default=None)
 
 
 def least_split(plans: Sequence[Plan]) -> Plan | None:
-    """Of the layouts that fit, the one that spreads experts over the fewest ranks, then tensors; whole experts before
-    parts of them. None when no layout fits."""
+    """Of the layouts that fit, the one with the fewest pipeline stages, then with experts over the fewest ranks, then
+    with tensors over the fewest; whole experts before parts of them. None when no layout fits."""
     return min((p for p in plans if p.fits), key=_split, default=None)
 
 
-def _split(p: Plan) -> tuple[int, int, int]:
-    return p.layout["expert"] * p.layout["expert_tensor"], p.layout["tensor"], p.layout["expert_tensor"]
+def _split(p: Plan) -> tuple[int, ...]:
+    layout = p.layout
+    return layout["pipeline"], layout["expert"] * layout["expert_tensor"], layout["tensor"], layout["expert_tensor"]
 
 
 def distance(one: Plan, other: Plan) -> float:
@@ -137,6 +148,19 @@ def fewer_rows(given: Plan) -> Plan | None:
     return None
 
 
+def fewer_at_once(given: Plan) -> Plan | None:
+    """The same layout with fewer tokens of prompts read at once, halved until it fits; None if one alone does not."""
+    config = given.config
+    tokens = min(config.rollout.prefill_tokens, rollout_rows(config, given.machine) * config.model.max_sequence_length)
+    while tokens > 1:
+        tokens //= 2
+        sampling = config.rollout.model_copy(update={"prefill_tokens": tokens})
+        other = plan(config.model_copy(update={"rollout": sampling}), given.machine)
+        if other.fits:
+            return other
+    return None
+
+
 def refusal(given: Plan, plans: Sequence[Plan]) -> str:
     """Why a plan does not fit, its largest items, and the nearest ways out."""
     machine = given.machine
@@ -148,6 +172,8 @@ def refusal(given: Plan, plans: Sequence[Plan]) -> str:
     ways = []
     if near := nearest_fit(given, plans):
         ways.append(f"{_changes(given, near)} ({gib(near.peak)})")
+    if parts := fewer_at_once(given):
+        ways.append(f"lower rollout.prefill_tokens to {parts.config.rollout.prefill_tokens} ({gib(parts.peak)})")
     if rows := fewer_rows(given):
         ways.append(f"lower {_batches(given, rows)} ({gib(rows.peak)})")
     if ways:
@@ -203,5 +229,9 @@ _HINTS = {
     "log-probabilities": "set kernels.update to objective",
     "keys and values": "lower rollout.batch_size or rollout.max_new_tokens",
     "Mamba states": "lower rollout.batch_size",
-    "prefill": "shorten the prompts: raise rollout.max_new_tokens or lower model.max_sequence_length",
+    "layer's caches twice": "lower rollout.batch_size or rollout.max_new_tokens",
+    "prefill": (
+        "lower rollout.prefill_tokens or, where one prompt alone has as many, shorten the prompts: raise"
+        " rollout.max_new_tokens or lower model.max_sequence_length"
+    ),
 }

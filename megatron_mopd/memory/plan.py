@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -18,13 +18,21 @@ from megatron_mopd import presets
 from megatron_mopd.config import Config, ConfigurationError, Model
 from megatron_mopd.memory import activations
 from megatron_mopd.memory.activations import LOGPROB_WORKSPACE, Recompute, Shard, Stack
-from megatron_mopd.memory.weights import Buffer, buffers, padded_vocab, router_buffer_bytes, weights, while_filling
-from megatron_mopd.pattern import parse_pattern
+from megatron_mopd.memory.quantized import original_bytes, stored_sizes
+from megatron_mopd.memory.weights import (
+    OUTPUT_WEIGHT,
+    Buffer,
+    buffers,
+    padded_vocab,
+    router_buffer_bytes,
+    weights,
+    while_filling,
+)
 
 GIB = 2**30
 Phase = Literal["always", "building", "rollout", "scoring", "update", "step"]
 PHASES: tuple[Phase, ...] = ("building", "rollout", "scoring", "update", "step")
-FIELDS = ("tensor", "expert", "expert_tensor")
+FIELDS = ("tensor", "expert", "expert_tensor", "pipeline")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,17 +72,20 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Memory of one rank; all ranks are alike.
+    """Memory of one rank of the pipeline stage that needs most; all ranks of a stage are alike.
 
     Example: ``plan(config, Machine(world=512)).peak / GIB``.
     """
 
     config: Config
     machine: Machine
+    stage: int  # from 0
+    layers: str  # of the trunk on this stage
+    stage_peaks: tuple[int, ...]  # bytes, of every stage
     items: tuple[Item, ...]
     parameters: int  # elements of the student on this rank, padding apart
     teachers: int  # copies in host memory
-    host: int  # bytes of all teachers on one node
+    host: int  # bytes of all teachers on one node, whichever stage it holds
     host_pinned: int  # the same as torch allocates pinned memory: each tensor up to the next power of two
 
     @cached_property
@@ -106,15 +117,27 @@ class Plan:
 
 def plan(config: Config, machine: Machine) -> Plan:
     """Count and estimate; the layout must have passed ``layouts.check``."""
-    p, e = presets.resolve(config.model), element_bytes(config)
-    mtp = bool(parse_pattern(p.pattern).mtp)
-    found = weights(p, config.parallel, e, mtp=True, train_router=config.model.train_router, train_mtp=config.mtp.train)
+    p = presets.staged(presets.resolve(config.model), config.parallel)
+    stages = [_stage_plan(config, machine, p, stage) for stage in range(config.parallel.pipeline)]
+    most = max(stages, key=lambda plan: plan.peak)
+    return replace(
+        most,
+        stage_peaks=tuple(plan.peak for plan in stages),
+        host=max(plan.host for plan in stages),
+        host_pinned=max(plan.host_pinned for plan in stages),
+    )
+
+
+def _stage_plan(config: Config, machine: Machine, p: presets.Preset, stage: int) -> Plan:
+    shard = _shard(config, machine, p, stage)
+    e, train = shard.bytes_each, {"train_router": config.model.train_router, "train_mtp": config.mtp.train}
+    found = weights(p, config.parallel, e, mtp=True, stage=stage, **train)
     held = buffers(found, machine.world, config.parallel, config.optimizer.distributed)
     in_buffers = sum(b.numel * b.bytes_each for b in held)
-    frozen = sum(w.nbytes for w in found if not w.trainable) + router_buffer_bytes(p, mtp)
+    frozen = sum(w.nbytes for w in found if not w.trainable) + router_buffer_bytes(p, mtp=True, stage=stage)
     widest = max((w.nbytes for w in found if w.trainable), default=0)
     padding = sum((b.numel - b.unpadded) * b.bytes_each for b in held)
-    residents, hosted, pinned = _teachers(config)
+    residents, hosted, pinned = _teachers(config, stage)
     shares, on_node = sorted({b.shards for b in held}) or [1], min(machine.gpus_per_node, machine.world)
     always = [
         Item("parameters", in_buffers + frozen, "always", True, f"{_type(e)}, {padding / 2**10:.1f} KiB of it padding"),
@@ -122,10 +145,16 @@ def plan(config: Config, machine: Machine) -> Plan:
         Item("optimizer", sum(b.optimizer_bytes for b in held), "always", True, _optimizer(config, e, shares)),
         Item("resident teacher", residents, "always", True, f"{_type(e)} parameters, one model an architecture"),
     ]
+    if recipe := config.quantization.train:
+        copies = original_bytes(found, recipe, p, stage)
+        always.append(Item("originals", copies, "always", True, f"of the parameters that {recipe} quantizes"))
     return Plan(
         config=config,
         machine=machine,
-        items=(*always, *_building(held, config.optimizer.distributed), *_phases(config, machine, p, e, widest, held)),
+        stage=stage,
+        layers=shard.layers,
+        stage_peaks=(),
+        items=(*always, *_building(held, config.optimizer.distributed), *_phases(config, machine, shard, widest, held)),
         parameters=sum(w.numel for w in found),
         teachers=len(config.teachers),
         host=hosted * on_node,
@@ -134,8 +163,9 @@ def plan(config: Config, machine: Machine) -> Plan:
 
 
 def settings(plan: Plan) -> str:
-    """The layout as it stands in a configuration."""
-    return ", ".join(f"parallel.{name} = {size}" for name, size in plan.layout.items())
+    """The layout as it stands in a configuration; pipeline stages where there are several."""
+    named = {name: size for name, size in plan.layout.items() if size > 1 or name != "pipeline"}
+    return ", ".join(f"parallel.{name} = {size}" for name, size in named.items())
 
 
 def gib(nbytes: float) -> str:
@@ -145,7 +175,7 @@ def gib(nbytes: float) -> str:
 
 def rollout_rows(config: Config, machine: Machine) -> int:
     """Sequences that one data-parallel rank decodes together, in training or in evaluation; 0 where none is."""
-    ranks, rows = machine.world // config.parallel.tensor, 0
+    ranks, rows = machine.world // (config.parallel.tensor * config.parallel.pipeline), 0
     if config.source.type == "rollout":
         mine = math.ceil(config.rollout.prompts_per_step / ranks) * config.rollout.samples_per_prompt
         rows = min(config.rollout.batch_size, mine)
@@ -165,43 +195,66 @@ def _building(held: Sequence[Buffer], distributed: bool) -> Iterator[Item]:
         )
 
 
-def _phases(
-    config: Config, machine: Machine, p: presets.Preset, e: int, widest: int, held: Sequence[Buffer]
-) -> Iterator[Item]:
+def _phases(config: Config, machine: Machine, shard: Shard, widest: int, held: Sequence[Buffer]) -> Iterator[Item]:
     """What comes and goes; estimates, from the longest sequences that the configuration allows."""
-    shard = _shard(config, machine, p, e)
-    length = config.model.max_sequence_length
+    p, length, ends = shard.preset, config.model.max_sequence_length, shard.waiting == 0  # with the output layer
     tokens = config.batching.micro_batch_size * length
     peak = activations.update(shard, tokens, _recompute(config), mtp=config.mtp.train)
     what = f"{config.batching.micro_batch_size} x {length:,} tokens"
+    flight = f", {shard.waiting} more in flight" if shard.waiting else ""
     workspace, said = LOGPROB_WORKSPACE, "mopd_kernels' bound; no [T, V] logits"
     if config.kernels.update == "logits" and config.objective.type == "mopd":
         # Their gradient, in their place, waits for backward while the MTP heads take the workspace.
-        workspace += tokens * padded_vocab(p.vocab_size, config.parallel.tensor) // config.parallel.tensor * e
+        vocab = padded_vocab(p.vocab_size, config.parallel.tensor) // config.parallel.tensor
+        workspace += tokens * vocab * shard.bytes_each
         said = "logits of a micro-batch and mopd_kernels' bound"
-    yield Item("activations", round(peak), "update", False, what)
+    yield Item("activations", round(peak), "update", False, what + flight)
     yield Item("weight gradient", widest, "update", False, "the largest, on its way into main_grad")
-    yield Item("log-probabilities", workspace, "update", False, said)
+    if ends:
+        yield Item("log-probabilities", workspace, "update", False, said)
     if machine.stack == "local":
         roots = sum(4 * (b.numel // b.shards) for b in held)
         yield Item("Adam's roots", roots, "step", False, "torch's Adam, where no fused one is installed")
     if config.teachers:
-        models = {presets.resolve(model) for model in _teacher_models(config)}
-        peak = max(activations.scoring(_shard(config, machine, m, e), tokens) for m in models)
+        models = {preset for _, preset in _teacher_models(config)}
+        peak = max(activations.scoring(_shard(config, machine, m, shard.stage), tokens) for m in models)
         yield Item("teacher's activations", round(peak), "scoring", False, f"forward only, {what}")
-        yield Item("log-probabilities", LOGPROB_WORKSPACE, "scoring", False, "mopd_kernels' bound; no [T, V] logits")
+        if ends:
+            bound = "mopd_kernels' bound; no [T, V] logits"
+            yield Item("log-probabilities", LOGPROB_WORKSPACE, "scoring", False, bound)
     if rows := rollout_rows(config, machine):
         prompt = machine.prompt or length - config.rollout.max_new_tokens
         capacity = min(prompt + config.rollout.max_new_tokens, length)
         keys, states = activations.cache(shard, rows, capacity)
-        reading = max(activations.prefill(shard, rows, prompt), activations.drawing(shard, rows))
+        together, width = _read_at_once(config, rows, prompt)
+        read, draw = activations.prefill(shard, together, width), activations.drawing(shard, rows) if ends else 0
+        reading = max(read, draw, activations.step(shard, rows, capacity))
+        said = f"{together} of {rows} prompts of {width:,} tokens read at once"
         yield Item("keys and values", keys, "rollout", False, f"{rows} rows of {capacity:,} tokens")
         yield Item("Mamba states", states, "rollout", False, f"{rows} rows, fp32")
-        yield Item("prefill", round(reading), "rollout", False, f"{rows} prompts of {prompt:,} tokens read at once")
+        twice = activations.replaced(shard, rows, capacity)
+        yield Item("layer's caches twice", twice, "rollout", False, "as one batch follows another or drops rows")
+        yield Item("prefill", round(reading), "rollout", False, said)
 
 
-def _shard(config: Config, machine: Machine, p: presets.Preset, e: int) -> Shard:
-    return Shard(preset=p, parallel=config.parallel, bytes_each=e, stack=machine.stack, balance=machine.balance)
+def _read_at_once(config: Config, rows: int, prompt: int) -> tuple[int, int]:
+    """Prompts that decoding.Decoder.prefill reads together, and their length: of prompts of up to ``prompt`` tokens
+    those that make the most tokens. A length that does not divide rollout.prefill_tokens leaves some of them unused,
+    a shorter one does not."""
+    tokens = config.rollout.prefill_tokens
+    together = min(rows, math.ceil(tokens / prompt))
+    return together, prompt if together == 1 else min(prompt, tokens // together)
+
+
+def _shard(config: Config, machine: Machine, p: presets.Preset, stage: int) -> Shard:
+    return Shard(
+        preset=p,
+        parallel=config.parallel,
+        bytes_each=element_bytes(config),
+        stack=machine.stack,
+        balance=machine.balance,
+        stage=stage,
+    )
 
 
 def _recompute(config: Config) -> Recompute:
@@ -219,28 +272,37 @@ def _recompute(config: Config) -> Recompute:
     return Recompute(layers=number)
 
 
-def _teacher_models(config: Config) -> list[Model]:
-    """Architectures of the teachers, whose MTP heads are never built, in the student's vocabulary."""
-    vocab = presets.resolve(config.model).vocab_size
-    models = [teacher.model or config.model for teacher in config.teachers.values()]
-    return [
-        m.model_copy(update={"pattern": presets.resolve(m).pattern.split("/")[0], "vocab_size": vocab}) for m in models
-    ]
+def _teacher_models(config: Config) -> list[tuple[Model, presets.Preset]]:
+    """Architectures of the teachers, whose MTP heads are never built, in the student's vocabulary, cut into stages."""
+    vocab, found = presets.resolve(config.model).vocab_size, []
+    for model in (teacher.model or config.model for teacher in config.teachers.values()):
+        model = model.model_copy(update={"vocab_size": vocab})
+        staged = presets.staged(presets.resolve(model), config.parallel)
+        found.append((model, replace(staged, pattern=staged.pattern.split("/")[0])))
+    return found
 
 
-def _teachers(config: Config) -> tuple[int, int, int]:
+def _teachers(config: Config, stage: int) -> tuple[int, int, int]:
     """Bytes of one rank: resident models, host copies of all teachers, and the same as pinned memory."""
+    heads_of: dict[tuple[object, ...], dict[bool, int]] = {}  # whether packed -> bytes of an output weight
     residents: dict[tuple[object, ...], int] = {}
     hosted = pinned = 0
-    for model in _teacher_models(config):
-        p = presets.resolve(model)
-        sizes = [w.nbytes for w in weights(p, config.parallel, element_bytes(config), mtp=False)]
+    for teacher, (model, p) in zip(config.teachers.values(), _teacher_models(config), strict=True):
+        found = weights(p, config.parallel, element_bytes(config), mtp=False, stage=stage)
         bias = 4 * p.num_moe_experts
-        sizes += [bias] * (router_buffer_bytes(p, mtp=False) // bias)
+        biases = [bias] * (router_buffer_bytes(p, mtp=False, stage=stage) // bias)
+        experts = p.num_moe_experts // config.parallel.expert
+        sizes = biases + [size for w in found for size in stored_sizes(w, teacher.nvfp4, experts)]
         hosted += sum(sizes)
         pinned += sum(1 << (size - 1).bit_length() for size in sizes)
+        # One that packs its output weight has it on the device in its turn; another of its architecture needs both.
+        head = [size for w in found if w.name == OUTPUT_WEIGHT for size in stored_sizes(w, teacher.nvfp4, experts)]
         other = {k: v for k, v in sorted(model.override.items()) if not k.startswith("recompute_")}
-        residents[p, repr(other)] = sum(sizes)
+        key = (p, repr(other))
+        trunk = sum(biases) + sum(w.nbytes for w in found if w.name != OUTPUT_WEIGHT)
+        heads = heads_of.setdefault(key, {})
+        heads["output_weight" in teacher.nvfp4] = sum(head)
+        residents[key] = trunk + sum(heads.values())
     return sum(residents.values()), hosted, pinned
 
 

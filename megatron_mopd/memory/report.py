@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_mopd.config import Config, ConfigurationError, Model, build_config
+from megatron_mopd import origins
+from megatron_mopd.config import Config, ConfigurationError, build_config
 from megatron_mopd.memory import layouts
 from megatron_mopd.memory.activations import Stack
 from megatron_mopd.memory.plan import FIELDS, GIB, PHASES, Item, Machine, Plan, gib, plan, settings
+from megatron_mopd.presets import PRESETS
 from megatron_mopd.settings import merge, read_yaml
 
 SEQUENCE, PROMPT, ROWS = 8192, 1024, 16
@@ -57,15 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     add, usual = parser.add_argument, Machine(world=1)
     add("overrides", nargs="*", metavar="key=value", help="settings of the configuration, as in training")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--preset", choices=get_args(Model.model_fields["preset"].annotation), help="published dimensions"
-    )
+    what.add_argument("--preset", choices=tuple(PRESETS), help="published dimensions")
     what.add_argument("--config", type=Path, metavar="FILE", help="take everything from a training configuration")
     add("--world", type=int, required=True, help="GPUs of the run")
     add("--gpus-per-node", type=int, default=usual.gpus_per_node, help="default %(default)s")
     add("--gpu-memory", type=_number, default=usual.gpu / GIB, metavar="GIB", help="of one GPU; default %(default)g")
     add("--reserve", type=_number, default=usual.reserve / GIB, metavar="GIB", help="for no item; default %(default)g")
-    for name in (*FIELDS, "pipeline"):
+    for name in FIELDS:
         add(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"parallel.{name}")
     add("--sequence-length", type=int, metavar="S", help=f"model.max_sequence_length; with --preset {SEQUENCE}")
     add("--prompt-length", type=int, metavar="P", help=f"tokens of the longest prompts; with --preset {PROMPT}")
@@ -133,7 +133,7 @@ def _config(given: argparse.Namespace) -> Config:
         "batching.micro_batch_size": given.micro_batch,
         "rollout.batch_size": given.rollout_batch,
         "run.precision": given.precision,
-        **{f"parallel.{name}": vars(given)[name] for name in (*FIELDS, "pipeline")},
+        **{f"parallel.{name}": vars(given)[name] for name in FIELDS},
     }
     if given.recompute == "full":
         method = {"granularity": "full", "method": "uniform", "num_layers": 1}
@@ -141,7 +141,8 @@ def _config(given: argparse.Namespace) -> Config:
     elif given.recompute == "none":
         changed["model.override.recompute_granularity"] = "null"
     options = [f"{name}={value}" for name, value in changed.items() if value is not None]
-    return build_config(merge(tree, [*options, *given.overrides]), origin=str(given.config or "command line"))
+    config = build_config(merge(tree, [*options, *given.overrides]), origin=str(given.config or "command line"))
+    return origins.resolved(config)
 
 
 def _tree(preset: str, length: int, prompt: int, teachers: int) -> dict[str, Any]:
@@ -175,6 +176,7 @@ def to_json(chosen: Plan, beside: Sequence[Plan], refused: str) -> dict[str, Any
         "gpu_bytes": machine.gpu,
         "reserve_bytes": machine.reserve,
         "layout": chosen.layout,
+        "stage": {"number": chosen.stage, "layers": chosen.layers, "peak_bytes": list(chosen.stage_peaks)},
         "fits": chosen.fits,
         "refusal": refused,
         "peak_bytes": chosen.peak,
@@ -207,6 +209,8 @@ def show(chosen: Plan, beside: Sequence[Plan], refused: str, automatic: bool) ->
     how = f"; chosen here: {best}" if automatic else ""
     console.print(Text(f"{settings(chosen)}{how}", style="bold"))
     console.print(Text(_assumptions(chosen), style="dim"))
+    if len(chosen.stage_peaks) > 1:
+        console.print(Text(_stages(chosen)))
     console.print(_items_table(chosen))
     if chosen.teachers:
         host = f"Host memory of a node: {gib(chosen.host)} for its GPUs' shares of {_many(chosen.teachers, 'teacher')}"
@@ -231,6 +235,14 @@ def _assumptions(chosen: Plan) -> str:
         f" recompute {again}, {machine.stack} stack, balance of experts {machine.balance:g}. Lines marked ~ are"
         f" estimates, the others exact. {gib(machine.reserve)} of {gib(machine.gpu)} are reserved for CUDA, NCCL and"
         " fragmentation."
+    )
+
+
+def _stages(chosen: Plan) -> str:
+    peaks = ", ".join(gib(peak) for peak in chosen.stage_peaks)
+    return (
+        f"Shown is pipeline stage {chosen.stage} of 0 to {len(chosen.stage_peaks) - 1}, which needs the most: layers"
+        f" {chosen.layers}. Peaks of the stages: {peaks}."
     )
 
 
@@ -325,4 +337,5 @@ def _sizes(items: Sequence[Item], phase: str) -> list[int]:
 
 
 def _label(p: Plan) -> str:
-    return "tensor {tensor}, expert {expert}, expert_tensor {expert_tensor}".format(**p.layout)
+    stages = ", pipeline {pipeline}" if p.layout["pipeline"] > 1 else ""
+    return f"tensor {{tensor}}, expert {{expert}}, expert_tensor {{expert_tensor}}{stages}".format(**p.layout)

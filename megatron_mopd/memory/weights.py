@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_mopd.config import Parallel
 from megatron_mopd.pattern import parse_pattern
@@ -18,6 +18,7 @@ PARAM_ALIGNMENT = 64
 """Elements to which mcore's distributed optimizer aligns the start of a parameter in its buffer (param_layout.py)."""
 BUCKET_ALIGNMENT = 128
 """The end of a buffer is a multiple of this and of the data-parallel size, so that every rank owns an equal share."""
+OUTPUT_WEIGHT = "output_layer.weight"
 MAIN_AND_MOMENTS = 12
 """Bytes of optimizer state an element: fp32 main parameter and two Adam moments."""
 MOMENTS = 8
@@ -33,6 +34,7 @@ class Weight:
     bytes_each: int
     expert: bool = False  # gradients are reduced over the ranks that hold the same experts
     trainable: bool = True
+    apart: bool = False  # in a bucket of its own
 
     @property
     def nbytes(self) -> int:
@@ -61,49 +63,64 @@ def padded_vocab(vocab_size: int, tensor: int) -> int:
 
 
 def weights(
-    p: Preset, parallel: Parallel, bytes_each: int, *, mtp: bool, train_router: bool = False, train_mtp: bool = True
+    p: Preset,
+    parallel: Parallel,
+    bytes_each: int,
+    *,
+    mtp: bool,
+    train_router: bool = False,
+    train_mtp: bool = True,
+    stage: int = 0,
 ) -> list[Weight]:
-    """Parameters of one rank in mcore's order; ``bytes_each`` is 2 (bf16) or 4 (fp32). All ranks have equal sizes.
+    """Parameters of one rank in mcore's order; ``bytes_each`` is 2 (bf16) or 4 (fp32). All ranks of a stage are alike.
 
-    ``A_log`` and ``D`` of Mamba layers stay fp32. Without ``mtp`` the trunk alone, as teachers are built.
+    ``p`` is staged (``presets.staged``); ``stage`` counts its pipeline stages from 0. ``A_log`` and ``D`` of Mamba
+    layers stay fp32. Without ``mtp`` the trunk alone, as teachers are built. MTP behind another stage brings a copy of
+    the embedding, which mcore keeps equal to the first stage's; both have a bucket of their own.
     """
-    parsed = parse_pattern(p.pattern)
-    rows = padded_vocab(p.vocab_size, parallel.tensor) // parallel.tensor * p.hidden_size
-    found = [Weight("embedding.word_embeddings.weight", rows, bytes_each)]
-    for index, symbol in enumerate(parsed.main):
+    parsed, rows = parse_pattern(p.pattern), padded_vocab(p.vocab_size, parallel.tensor) // parallel.tensor
+    first, last = stage == 0, stage == len(parsed.stages) - 1
+    heads, found = parsed.mtp if mtp else "", []
+    if first or (last and heads):
+        twice = bool(heads) and not (first and last)
+        found.append(Weight("embedding.word_embeddings.weight", rows * p.hidden_size, bytes_each, apart=twice))
+    for index, symbol in enumerate(parsed.stages[stage]):
         found += _layer(p, parallel, symbol, f"decoder.layers.{index}.", bytes_each, train_router)
+    if not last:
+        return found
     found.append(Weight("decoder.final_norm.weight", p.hidden_size, bytes_each))
-    if mtp and parsed.mtp:
-        block = list(_mtp(p, parallel, parsed.mtp, bytes_each, train_router))
-        found += block if train_mtp else [Weight(w.name, w.numel, w.bytes_each, w.expert, False) for w in block]
-    found.append(Weight("output_layer.weight", rows, bytes_each))
+    if heads:
+        block = list(_mtp(p, parallel, heads, bytes_each, train_router))
+        found += block if train_mtp else [replace(weight, trainable=False) for weight in block]
+    found.append(Weight(OUTPUT_WEIGHT, rows * p.hidden_size, bytes_each))
     return found
 
 
-def router_buffer_bytes(p: Preset, mtp: bool) -> int:
-    """fp32 buffers that mcore registers per router: expert bias and tokens per expert; equal on all ranks."""
+def router_buffer_bytes(p: Preset, mtp: bool, stage: int = 0) -> int:
+    """fp32 buffers that mcore registers per router: expert bias and tokens per expert; equal on a stage's ranks."""
     parsed = parse_pattern(p.pattern)
-    routers = (parsed.main + (parsed.mtp if mtp else "")).count("E")
-    return routers * 2 * 4 * p.num_moe_experts
+    heads = parsed.mtp if mtp and stage == len(parsed.stages) - 1 else ""
+    return (parsed.stages[stage] + heads).count("E") * 2 * 4 * p.num_moe_experts
 
 
 def buffers(found: Iterable[Weight], world: int, parallel: Parallel, distributed: bool) -> list[Buffer]:
-    """mcore's gradient buffers over the trainable parameters, one bucket each (no overlap of reduction and backward).
+    """mcore's gradient buffers over the trainable parameters, one bucket each but for an embedding that is there twice
+    (no overlap of reduction and backward).
 
     With the distributed optimizer parameters live in such a buffer too, and mcore pads: see PARAM_ALIGNMENT and
     BUCKET_ALIGNMENT. Without it there is no padding and every rank holds the whole optimizer state.
     """
     own_experts = parallel.expert > 1 or parallel.expert_tensor != parallel.tensor
-    groups: dict[tuple[int, bool], list[int]] = {}
+    groups: dict[tuple[int, bool], list[Weight]] = {}
     for weight in found:
         if weight.trainable:
-            groups.setdefault((weight.bytes_each, weight.expert and own_experts), []).append(weight.numel)
+            groups.setdefault((weight.bytes_each, weight.expert and own_experts), []).append(weight)
     result = []
-    for (bytes_each, expert), sizes in groups.items():
-        ways = parallel.expert * parallel.expert_tensor if expert else parallel.tensor
-        shards = world // ways if distributed else 1
-        numel = _padded(sizes, shards) if distributed else sum(sizes)
-        result.append(Buffer(numel, sum(sizes), bytes_each, shards, expert))
+    for (bytes_each, expert), members in groups.items():
+        ways = parallel.pipeline * (parallel.expert * parallel.expert_tensor if expert else parallel.tensor)
+        shards, unpadded = world // ways if distributed else 1, sum(weight.numel for weight in members)
+        numel = _padded(members, shards) if distributed else unpadded
+        result.append(Buffer(numel, unpadded, bytes_each, shards, expert))
     return result
 
 
@@ -119,12 +136,13 @@ def while_filling(held: Sequence[Buffer]) -> int:
     return most
 
 
-def _padded(sizes: list[int], shards: int) -> int:
+def _padded(members: Sequence[Weight], shards: int) -> int:
     """mcore lays parameters out last to first."""
-    end = 0
-    for size in reversed(sizes):
-        end = _up(end, PARAM_ALIGNMENT) + size
-    return _up(end, math.lcm(shards, BUCKET_ALIGNMENT))
+    end, bucket = 0, math.lcm(shards, BUCKET_ALIGNMENT)
+    for weight in reversed(members):
+        end = _up(end, bucket if weight.apart else PARAM_ALIGNMENT) + weight.numel
+        end = _up(end, bucket) if weight.apart else end
+    return _up(end, bucket)
 
 
 def _up(value: int, step: int) -> int:

@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mopd_kernels import dispatch, linear_tiles
+from mopd_kernels import device, dispatch
+from mopd_kernels.nvfp4 import operators as nvfp4_operators
 
 WARP = 32
 DEVICES = {90: (9, 132), 100: (10, 148)}  # compute capability and multiprocessors: what host code asks a device for
@@ -138,7 +139,7 @@ def _launch(case: str, function: Any, given: Mapping[str, Any], compiled: Any, m
 def launchable(package: ModuleType) -> set[str]:
     """The kernels of a package, ``module.function``: its jit functions that no jit function calls."""
     functions, called = set(), set()
-    for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         for function in vars(importlib.import_module(found.name)).values():
             if isinstance(function, JITFunction) and function.fn.__module__ == found.name:
                 functions.add((found.name.split(".")[-1], function.fn.__name__))
@@ -170,7 +171,8 @@ def _recording(target: int) -> Iterator[dict[str, tuple[Any, dict[str, Any], Any
     with (
         patch.object(JITFunction, "run", compile_only),
         patch.object(dispatch, "unsupported_reason", unsupported_on_cuda),
-        patch.object(linear_tiles, "NO_DEVICE", DEVICES[target]),
+        patch.object(nvfp4_operators, "interpreting", lambda: True),
+        patch.object(device, "NO_DEVICE", DEVICES[target]),
         ZeroedMemory(),
     ):
         yield recorded

@@ -13,11 +13,21 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from gates.nvfp4_cases import NVFP4_CASES
 
-from mopd_kernels import Surrogate, Tokens, linear_logprob, linear_objective, linear_statistics
+from mopd_kernels import (
+    Surrogate,
+    Tokens,
+    linear_logprob,
+    linear_objective,
+    linear_statistics,
+    linear_statistics_with_payload,
+)
 from mopd_kernels.divergence import Head, TopK, divergence
 from mopd_kernels.divergence_reference import Kind
 from mopd_kernels.logits import logit_objective, logit_statistics
+from mopd_kernels.nvfp4 import TE_SIGNS, Format
+from mopd_kernels.nvfp4.tensor import NVFP4Tensor, scale_shape
 
 V = 131072  # the benchmark's vocabulary
 ROWS = 16
@@ -101,6 +111,35 @@ def statistics_of_head(dtype: torch.dtype) -> None:
     linear_statistics(hidden, weight, torch.zeros(len(hidden), dtype=torch.int64), impl="triton")
 
 
+def packed(x: torch.Tensor, swizzled: bool = False) -> NVFP4Tensor:
+    """Zeros in NVFP4, of the shape of ``x``."""
+    rows, width = x.shape
+    scales = torch.zeros(scale_shape((rows, width), swizzled), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    codes = torch.zeros(rows, width // 2, dtype=torch.uint8)
+    return NVFP4Tensor(codes, scales, torch.ones(()), (rows, width), swizzled=swizzled)
+
+
+def operands_of(
+    hidden: bool, weight: bool, swizzled: bool = False, width: int | None = None
+) -> Head[torch.Tensor | NVFP4Tensor]:
+    """A head of which one or both operands are in NVFP4, the other in bf16."""
+    states, rows = (x[:, :width] for x in head_of(BF16, False))
+    return Head(packed(states, swizzled) if hidden else states, packed(rows, swizzled) if weight else rows)
+
+
+def statistics_of_packed(hidden: bool, weight: bool, swizzled: bool = False, width: int | None = None) -> None:
+    head = operands_of(hidden, weight, swizzled, width)
+    linear_statistics(*head, torch.zeros(head.hidden.shape[0], dtype=torch.int64), impl="triton")
+
+
+def payload_of_head(payload: Format, weight: bool = False) -> None:
+    """Statistics and payload of bf16 hidden states; the weight in bf16 or NVFP4."""
+    hidden, weights = operands_of(False, weight)
+    assert isinstance(hidden, torch.Tensor)
+    targets = torch.zeros(len(hidden), dtype=torch.int64)
+    linear_statistics_with_payload(hidden, weights, targets, payload, amax=torch.ones(()), impl="triton")
+
+
 def objective_of_head(dtype: torch.dtype, ranks: int = 1, full: bool = False, gradient: bool = True) -> None:
     """Forward and backward, the weight's gradient in Megatron's ``main_grad``."""
     hidden, weight = head_of(dtype, gradient)
@@ -111,6 +150,11 @@ def objective_of_head(dtype: torch.dtype, ranks: int = 1, full: bool = False, gr
         found = linear_objective(hidden, weight, tokens, settings, group=group, impl="triton")
     if gradient:
         found.loss.backward()
+
+
+def divergence_of_packed(hidden: bool, weight: bool) -> None:
+    """To a teacher of which one or both operands are in NVFP4."""
+    divergence("reverse_kl", Head(*head_of(BF16, True)), operands_of(hidden, weight), impl="triton")
 
 
 def divergence_of_heads(kind: Kind, dtype: torch.dtype, top_k: bool = False) -> None:
@@ -139,6 +183,16 @@ CASES: dict[str, Callable[[], None]] = {
     "linear logprob, bf16": partial(logprob_of_head, BF16),
     "linear statistics, fp16": partial(statistics_of_head, FP16),
     "linear logprob, fp32": partial(logprob_of_head, FP32),
+    "linear statistics, NVFP4 weight": partial(statistics_of_packed, False, True),
+    "linear statistics, NVFP4 hidden": partial(statistics_of_packed, True, False),
+    "linear statistics, NVFP4 both": partial(statistics_of_packed, True, True),
+    "linear statistics, NVFP4 both, swizzled": partial(statistics_of_packed, True, True, True),
+    "linear statistics, NVFP4 both, H=240": partial(statistics_of_packed, True, True, width=240),
+    "linear payload, bf16": partial(payload_of_head, Format(swizzled=True)),
+    "linear payload, NVFP4 weight": partial(payload_of_head, Format(), True),
+    "linear payload, bf16, stochastic": partial(payload_of_head, Format(rounding="stochastic", seed=1, signs=TE_SIGNS)),
+    "linear payload, bf16, four over six": partial(payload_of_head, Format(four_over_six="mse")),
+    "linear payload, NVFP4 weight, four over six": partial(payload_of_head, Format(four_over_six="mse"), True),
     "linear objective, bf16": partial(objective_of_head, BF16),
     "linear objective, bf16, everything": partial(objective_of_head, BF16, full=True),
     "linear objective, bf16, no gradient": partial(objective_of_head, BF16, gradient=False),
@@ -148,4 +202,8 @@ CASES: dict[str, Callable[[], None]] = {
     "divergence jsd, bf16": partial(divergence_of_heads, "jsd", BF16),
     "divergence forward_kl, bf16, top-k": partial(divergence_of_heads, "forward_kl", BF16, top_k=True),
     "divergence reverse_kl, fp32": partial(divergence_of_heads, "reverse_kl", FP32),
+    "divergence reverse_kl, NVFP4 weight": partial(divergence_of_packed, False, True),
+    "divergence reverse_kl, NVFP4 hidden": partial(divergence_of_packed, True, False),
+    "divergence reverse_kl, NVFP4 both": partial(divergence_of_packed, True, True),
+    **NVFP4_CASES,
 }

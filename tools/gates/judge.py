@@ -43,6 +43,8 @@ class Budget:
     file: Most | None = None  # registers of a block
     shared: Most | None = None  # bytes
     block: tuple[str, ...] = ()  # constants of the kernel whose product is the elements of a pass, or of a tile
+    scale: int = 1  # elements for each of that product
+    rare: str = ""  # an opcode that only a branch has which is hardly ever taken: its basic blocks do not count
     reads: tuple[str, ...] = ()  # arguments of which a pass reads a block
     instructions: Mapping[str, Most] = field(default_factory=dict)  # per element: "read", "write MUFU", "tile", ...
     opcodes: Mapping[str, str] = field(default_factory=dict)  # that must be there, with the reason
@@ -151,10 +153,10 @@ def per_element(launch: Launch, budget: Budget) -> tuple[dict[str, float], list[
         return {}, [f"it has no constant {', '.join(unknown)}: mend the block of its budget"]
     if not budget.block:
         return {}, []
-    elements = math.prod(launch.constants[name] for name in budget.block) / (WARP * launch.warps)
+    elements = budget.scale * math.prod(launch.constants[name] for name in budget.block) / (WARP * launch.warps)
     if not budget.reads:
         turns = [loop for loop in launch.machine.loops if loop.count(*MMA) and loop.count("MUFU")]
-        body = turns[0].body if turns else launch.machine.instructions
+        body = turns[0].body if turns else launch.machine.outside(budget.rare)
         return costs("tile", body, elements), []
     size = elements * sum(launch.itemsizes.get(name, 0) for name in budget.reads)
     kinds: dict[str, list[Loop]] = {"read": [], "write": []}

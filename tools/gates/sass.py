@@ -118,6 +118,13 @@ class Machine:
         ]
         return sorted(loops, key=lambda loop: len(loop.body))
 
+    def outside(self, opcode: str) -> list[Instruction]:
+        """Instructions of basic blocks without this opcode, named by its beginning; all of them for none."""
+        if not opcode:
+            return self.instructions
+        blocks = (self.instructions[slice(*ends)] for ends in _blocks(self.instructions)[0].values())
+        return [i for block in blocks if not any(i.opcode.startswith(opcode) for i in block) for i in block]
+
     def innermost(self, wanted: Callable[[Instruction], bool]) -> list[Loop]:
         """For every wanted instruction that is in a loop the smallest such loop, each once."""
         found, open_ = [], {i.address for i in self.instructions if wanted(i)}

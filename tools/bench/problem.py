@@ -1,4 +1,4 @@
-"""Inputs of the kernel benchmarks, drawn anew each round; nothing here is timed.
+"""Inputs of the log-ratio benchmarks, drawn anew each round; nothing here is timed.
 
 Logits have a standard deviation of 4.5, so that the largest of a row lies near 20 and all within 30. What a rollout
 would bring lies around the policy's true log-probabilities, so that no token is gated or clipped away and every row
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,20 +32,46 @@ class Shape:
     V: int
     H: int = 0
 
+    def shorter(self, times: int) -> Shape:
+        return replace(self, T=self.T // times)
+
     def __str__(self) -> str:
         return f"T={self.T} V={self.V}" + (f" H={self.H}" if self.H else "")
 
 
 class Problem(ABC):
-    """Drawn tensors and what is known of their tokens; the subclasses say where the logits come from."""
+    """Drawn tensors, and how far a contender's result is from the truth."""
+
+    def __init__(self, shape: Any, dtype: torch.dtype, device: torch.device, kept: float = 1.0) -> None:
+        self.shape, self.dtype, self.device, self.kept = shape, dtype, device, kept
+        self.impl = "triton" if device.type == "cuda" else "reference"
+        self.generator = torch.Generator(device)
+
+    @abstractmethod
+    def redraw(self, seed: int) -> None:
+        """New inputs for a round."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """The inputs of this round as they were, and no gradient from whoever ran before."""
+
+    @abstractmethod
+    def error(self, value: Any) -> float:
+        """Largest difference of what a contender returned from the truth, over a sample."""
+
+    def gradient_bytes(self) -> int:
+        """Size of the gradients that any implementation has to leave behind."""
+        return 0
+
+
+class TokenProblem(Problem):
+    """Tokens and what is known of them; the subclasses say where the logits come from."""
 
     tokens: Tokens
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, kept: float = 1.0) -> None:
-        self.shape, self.dtype, self.device, self.kept = shape, dtype, device, kept
+        super().__init__(shape, dtype, device, kept)
         self.settings = Surrogate()
-        self.impl = "triton" if device.type == "cuda" else "reference"
-        self.generator = torch.Generator(device)
 
     def redraw(self, seed: int) -> None:
         """New inputs for a round."""
@@ -65,9 +91,9 @@ class Problem(ABC):
             keep=keep,
         )
 
-    @abstractmethod
-    def restore(self) -> None:
-        """The inputs of this round as they were, and no gradient from whoever ran before."""
+    def error(self, value: Tensor) -> float:
+        rows, truth = self.truth()
+        return float((value.detach()[rows].double() - truth).abs().max())
 
     def truth(self) -> tuple[Tensor, Tensor]:
         """Numbers of the sampled rows and their fp64 results."""
@@ -79,10 +105,6 @@ class Problem(ABC):
     @abstractmethod
     def gradients(self) -> list[Tensor]:
         """Those that our forms left behind, wherever they did."""
-
-    def gradient_bytes(self) -> int:
-        """Size of the gradients that any implementation has to leave behind."""
-        return 0
 
     @abstractmethod
     def _fill(self) -> None:
@@ -129,7 +151,7 @@ class _OutputLayer(torch.autograd.Function):
         return None, None, None
 
 
-class LogitProblem(Problem):
+class LogitProblem(TokenProblem):
     """Logits ``[T, V]`` that exist already."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, kept: float = 1.0) -> None:
@@ -163,7 +185,7 @@ class LogitProblem(Problem):
         return exact.gather(1, self.tokens.targets[rows, None])[:, 0]
 
 
-class HeadProblem(Problem):
+class HeadProblem(TokenProblem):
     """Hidden states ``[T, H]`` and an output weight ``[V, H]``.
 
     ``head`` shares the storage of ``weight`` and has Megatron's fp32 ``main_grad``; peers get ``weight``.

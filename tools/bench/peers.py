@@ -8,15 +8,14 @@ it only gives a sum.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from bench_formulas import NemoHead, NemoLogprob, VerlHead, chunked_reverse_kl, eager_rows, verl_rows
-from bench_problem import DivergenceProblem, HeadProblem, LogitProblem, Problem
+from bench.formulas import NemoHead, NemoLogprob, VerlHead, chunked_reverse_kl, eager_rows, verl_rows
+from bench.peer import Peer
+from bench.problem import DivergenceProblem, HeadProblem, LogitProblem, TokenProblem
 from torch import Tensor
 
 from mopd_kernels import surrogate
@@ -24,48 +23,21 @@ from mopd_kernels import surrogate
 IGNORED = -100
 
 
-@dataclass(frozen=True)
-class Peer:
-    """Someone else's way to do what a case times."""
-
-    name: str
-    run: Callable[[Any], Tensor | None]  # takes the case's Problem; forward and backward
-    source: str  # where the code or the formula is from
-    needs: tuple[str, ...] = ()  # modules that must import
-    devices: tuple[str, ...] = ("cuda", "cpu")
-    forward_run: Callable[[Any], Tensor | None] | None = None  # forward alone
-    needs_on_cuda: tuple[str, ...] = ()
-
-    def forward(self) -> Peer:
-        """The same peer with its forward alone."""
-        assert self.forward_run is not None
-        return replace(self, run=self.forward_run, forward_run=None)
-
-    def missing(self, device: str) -> str | None:
-        """Why it cannot be run here, or None."""
-        for module in self.needs + (self.needs_on_cuda if device == "cuda" else ()):
-            try:
-                importlib.import_module(module)
-            except (ImportError, OSError, RuntimeError, AttributeError) as error:  # what CUDA packages raise without it
-                return f"{module}: {error}".splitlines()[0]
-        return None
-
-
-def finish(problem: Problem, logprob: Tensor) -> Tensor:
+def finish(problem: TokenProblem, logprob: Tensor) -> Tensor:
     """Our surrogate on a peer's log-probabilities, and its gradient."""
     losses, _, _ = surrogate(logprob, problem.tokens, problem.settings)
     losses.sum().backward()
     return logprob.detach()
 
 
-def finish_cross_entropy(problem: Problem, nll: Tensor) -> Tensor:
+def finish_cross_entropy(problem: TokenProblem, nll: Tensor) -> Tensor:
     """A weighted sum of a peer's negative log-probabilities ``[T]``, and its gradient."""
     nll = nll.flatten()
     (nll * problem.tokens.weight).sum().backward()
     return -nll.detach()
 
 
-def labels(problem: Problem) -> Tensor:
+def labels(problem: TokenProblem) -> Tensor:
     """Targets, with rows that are not kept marked in the peers' way."""
     tokens = problem.tokens
     return tokens.targets if tokens.keep is None else tokens.targets.masked_fill(~tokens.keep, IGNORED)

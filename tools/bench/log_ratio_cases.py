@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import bench_peers as peers
 import torch
-from bench_peers import Peer
-from bench_problem import DivergenceProblem, HeadProblem, LogitProblem, Problem, Shape
+from bench import peers
+from bench.peer import Peer
+from bench.problem import DivergenceProblem, HeadProblem, LogitProblem, Shape
+from bench.suite import Case
 from torch import Tensor
 
 from mopd_kernels import (
@@ -21,28 +20,6 @@ from mopd_kernels import (
     logit_statistics,
 )
 from mopd_kernels.vocabulary import VocabularyShard
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One row a shape. The limit is ``share`` times what the yardstick takes in the same run."""
-
-    name: str
-    what: str
-    problem: type[Problem]
-    ours: Callable[[Any], Tensor | None]
-    shapes: tuple[Shape, ...]
-    yardstick: Peer
-    share: float
-    peers: tuple[Peer, ...]
-    cpu_shape: Shape | None = None
-    cpu_dtype: torch.dtype = torch.float32
-    kept: float = 1.0
-    same_as: Callable[[Any], Tensor | None] | None = None  # what `ours` comes down to, where it has no reference form
-
-    def reference(self, problem: Problem) -> Tensor | None:
-        """The reference form's results, where ``problem.impl`` asks for it."""
-        return (self.same_as or self.ours)(problem)
 
 
 class TwoShards(VocabularyShard):

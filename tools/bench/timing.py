@@ -16,9 +16,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from bench_peers import Peer
-from bench_problem import Problem
-from torch import Tensor
+from bench.peers import Peer
+from bench.problem import Problem
 
 L2_BYTES = 256 << 20  # well above the 50 MiB of Hopper and the 126 MB of Blackwell
 SLEEP_CYCLES = 2_000_000  # about a millisecond
@@ -31,7 +30,7 @@ class Measured:
     peer: Peer
     times: list[float] = field(default_factory=list)  # milliseconds, a round each
     workspace: int = 0  # bytes at the peak above inputs and above the gradients of hidden states and weight
-    error: float | None = None  # largest of the sampled rows against fp64; None where it gives no token's value
+    error: float | None = None  # largest of a sample against the truth; None where nothing can be compared
     failed: str | None = None
 
     @property
@@ -97,7 +96,7 @@ class Attempt:
 
 def examine(peer: Peer, problem: Problem) -> Measured:
     """One run, not timed: warm-up, error against fp64, memory; a peer that cannot do it is marked failed."""
-    values: list[Tensor | None] = []
+    values: list[Any] = []
     with Attempt() as attempt:
         problem.restore()
         peer.run(problem)  # compiles, tunes, and fills the caches of the allocator
@@ -105,8 +104,7 @@ def examine(peer: Peer, problem: Problem) -> Measured:
         peak = peak_bytes(problem.device, lambda: values.append(peer.run(problem)))
         measured = Measured(peer, workspace=peak - problem.gradient_bytes())
         if values[0] is not None:
-            rows, truth = problem.truth()
-            measured.error = float((values[0].detach()[rows].double() - truth).abs().max())
+            measured.error = problem.error(values[0])
         return measured
     return Measured(peer, failed=attempt.failed)
 

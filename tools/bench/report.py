@@ -1,6 +1,6 @@
 """Rows of the kernel benchmarks as a table, a plot and lines of Markdown.
 
-``python tools/bench_report.py kernels/results/cpu_log_ratio.json kernels/README.md`` puts the lines into the page.
+``python tools/bench/report.py kernels/results/cpu_log_ratio.json kernels/README.md`` puts the lines into the page.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def _numbers(numbers: Row, time: str, ratio: str) -> tuple[str, str, str, str]:
     if "unavailable" in numbers:
         quoted = f"{numbers['published_ms']} published" if "published_ms" in numbers else ""
         return quoted, "not installed", "", ""
+    if "differing_bytes" in numbers:
+        return "", f"{numbers['differing_bytes']} of {numbers['bytes']} bytes differ", "", ""
     milliseconds, workspace, error = (numbers.get(key) for key in (time, "workspace_bytes", "max_abs_err"))
     return (
         "" if milliseconds is None else f"{milliseconds:.3f}",

@@ -1,0 +1,52 @@
+"""The comparison of two checkpoints on the same prompts, without training any."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_mopd.config import ConfigurationError
+from megatron_mopd.runner import load_recipe, stage_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_students", ROOT / "tools" / "compare_students.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_counts_what_changed_hands_domain_by_domain(tool: ModuleType) -> None:
+    prompts: Any = [SimpleNamespace(id=f"{d}{i}", domain=d) for d in ("a", "b") for i in range(4)]
+    before = {"a0": True, "a1": True, "a2": False, "a3": False} | {f"b{i}": True for i in range(4)}
+    after = {"a0": True, "a1": False, "a2": True, "a3": True} | {f"b{i}": True for i in range(4)}
+    tree = tool.compare(before, after, prompts)
+    assert {key: tree["a"][key] for key in ("total", "before", "after", "gained", "lost")} == {
+        "total": 4,
+        "before": 2,
+        "after": 3,
+        "gained": 2,
+        "lost": 1,
+    }
+    assert tree["a"]["low"] < tree["a"]["change"] == 0.25 < tree["a"]["high"]
+    assert tree["b"]["change"] == 0 and tree["b"]["low"] < 0 < tree["b"]["high"]
+
+
+def test_more_held_out_tasks_are_drawn_where_they_can_be(tool: ModuleType) -> None:
+    recipe = load_recipe(ROOT / "examples" / "demo.yaml", [])
+    config = stage_config(recipe, recipe.stages[-1])
+    assert {s.size for s in tool.with_samples(config, 700).data.held_out} == {700}
+    assert {s.size for s in tool.with_samples(config, 7).data.held_out} == {500}
+    empty = config.model_copy(update={"data": config.data.model_copy(update={"held_out": []})})
+    with pytest.raises(ConfigurationError, match=r"data\.held_out is empty"):
+        tool.with_samples(empty, 7)

@@ -1,0 +1,127 @@
+"""The experiment on training towards a quantized student: its arithmetic, its verdict, a run of it, its result."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_mopd import plots
+from megatron_mopd.parallel import Groups
+from megatron_mopd.records import Prompt
+from megatron_mopd.runner import load_recipe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = sorted((ROOT / "examples" / "results").glob("nvfp4_training/nvfp4_training.json"))
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nvfp4_training", ROOT / "tools" / "nvfp4_training.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def made_up(plain: float, aware: float) -> tuple[dict[int, Any], list[Prompt]]:
+    """Two seeds of four prompts whose losses are about ``plain`` and ``aware``."""
+    prompts = [Prompt(id=f"p{i}", domain="ab"[i % 2], messages=(), tokens=(1,)) for i in range(4)]
+
+    def row(seed: int, i: int, loss: float) -> dict[str, Any]:
+        kl = {"original": 0.1 + 0.05 * i, "quantized": 0.1 + 0.05 * i + loss * (1 + 0.1 * ((i + seed) % 2))}
+        return {
+            "domain": "ab"[i % 2],
+            "kl": kl,
+            "correct": {"original": True, "quantized": i > 0},
+            "logprob_error": 0.2,
+        }
+
+    return {
+        seed: {
+            kind: {p.id: row(seed, i, loss) for i, p in enumerate(prompts)}
+            for kind, loss in (("plain", plain), ("aware", aware))
+        }
+        for seed in (1, 2)
+    }, prompts
+
+
+def test_losses_are_compared_prompt_by_prompt(tool: ModuleType) -> None:
+    tree = tool.compare(*made_up(0.02, 0.01))
+    one = tree["seeds"]["1"]
+    assert one["plain"]["loss"]["mean"] == pytest.approx(0.021) and one["aware"]["loss"]["mean"] == pytest.approx(
+        0.0105
+    )
+    assert tree["saved"]["mean"] == pytest.approx(0.0105) and set(tree["saved_by_domain"]) == {"a", "b"}
+    # Per prompt the two seeds differ, their mean does not: over seeds a prompt counts once.
+    assert one["saved"]["low"] < one["saved"]["mean"] and tree["saved"]["low"] == pytest.approx(0.0105)
+    assert one["plain"]["accuracy"] == {"original": 1.0, "quantized": 0.75}
+    assert one["plain"]["accuracy_change"]["mean"] == -0.25
+    assert one["quantized_kl_lower_by"]["mean"] == pytest.approx(0.0105)
+    interval = tool.Interval.of([1.0, 2.0, 3.0, 4.0])
+    assert interval.high - interval.mean == pytest.approx(1.959964 * (5 / 3 / 4) ** 0.5)
+
+
+@pytest.mark.parametrize(("plain", "aware", "holds"), [(0.02, 0.01, True), (0.01, 0.02, False), (0.01, 0.01, False)])
+def test_the_verdict_can_be_no(tool: ModuleType, plain: float, aware: float, holds: bool) -> None:
+    found, sentence = tool.verdict(tool.compare(*made_up(plain, aware)))
+    assert found is holds and sentence.startswith("trained for NVFP4, a student loses less" if holds else "no claim")
+
+
+def task(domain: str, template: str, split: str) -> dict[str, Any]:
+    words = {"min_word_len": 3, "max_word_len": 4}
+    common = {"type": "reasoning_gym", "domain": domain, "family": "spell_backward", "options": words}
+    return common | {"template": template, "split": split, "size": 30}
+
+
+def test_the_experiment_runs_and_goes_on_where_it_stopped(
+    tool: ModuleType, groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sft = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}, "run": {"steps": 1}}
+    tree = {
+        "dir": str(tmp_path / "runs"),
+        "common": {
+            "model": {"preset": "tiny", "pattern": "ME*", "max_sequence_length": 24},
+            "rollout": {"prompts_per_step": 4, "max_new_tokens": 5},
+            "batching": {"micro_batch_size": 4, "sequences_per_step": 4},
+            "data": {
+                side: [task("plain", "{word}", split), task("loud", "! {word}", split)]
+                for side, split in (("train", "train"), ("held_out", "held_out"))
+            },
+        },
+        "stages": [
+            {"name": "base", "settings": sft},
+            {
+                "name": "merge",
+                "initial": "base",
+                "teachers": {"base": ["plain", "loud"]},
+                "settings": {"run": {"steps": 2}, "evaluation": {"final_samples": 2}},
+            },
+        ],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(tmp_path / "recipe.yaml", [])
+    arguments = tool.parser().parse_args(["recipe.yaml", "--seeds", "1", "--samples", "3"])
+    found, holds, _ = tool.run(recipe, arguments, groups)
+    row = found["seeds"]["1"]
+    # Students that start as their own teacher: what is left is what one step and quantizing did to them.
+    assert 0 < row["plain"]["logprob_error"]["mean"] < 0.5 and row["plain"] != row["aware"]
+    assert abs(row["plain"]["loss"]["mean"]) < 0.1 and found["settings"]["recipe"] == "ultra-ptq"
+    plots.save(tool.picture(found), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    monkeypatch.setattr("megatron_mopd.runner.run_stage", lambda *_: pytest.fail("nothing is trained again"))
+    assert tool.run(recipe, arguments, groups) == (found, holds, found["claim"])
+
+
+@pytest.mark.parametrize("path", RESULTS)
+def test_the_committed_result_holds_the_claim(tool: ModuleType, path: Path) -> None:
+    tree = json.loads(path.read_text())
+    assert len(tree["seeds"]) >= 3 and tree["settings"]["recipe"] == "ultra-ptq"
+    assert tool.verdict(tree) == (True, tree["claim"]) and tree["holds"]
