@@ -16,10 +16,10 @@ from mopd_kernels import (
     linear_logprob,
     linear_statistics,
     linear_statistics_with_payload,
-    unsupported_reason,
 )
 from mopd_kernels.dispatch import Impl
-from mopd_kernels.nvfp4 import Format, NVFP4Tensor
+from mopd_kernels.linear_operands import unsupported_reason
+from mopd_kernels.nvfp4 import Format, NVFP4Tensor, quantize
 from mopd_kernels.weight_gradient import WeightGradient
 
 OutputWeight = Tensor | NVFP4Tensor
@@ -87,9 +87,12 @@ class _Logits(torch.autograd.Function):
         return grad @ weight if ctx.needs_input_grad[0] else None, sink.hand_over()
 
 
-def check_impl(impl: Impl, weight: Tensor, where: str) -> None:
+def check_impl(impl: Impl, weight: Tensor, where: str, *, packed: bool = False) -> None:
     """Refuse ``kernels.impl = triton`` at start where the kernels cannot take this output weight; ``where`` names whose
-    it is."""
-    reason = unsupported_reason(torch.empty_like(weight[:1]), weight) if impl == "triton" else None
-    if reason is not None:
+    it is. ``packed``: hidden states of its dtype are to meet NVFP4 operands."""
+    if impl != "triton":
+        return
+    row = torch.empty_like(weight[:1])
+    beside = quantize(torch.zeros_like(row), Format(pad=True), impl="reference") if packed else weight
+    if (reason := unsupported_reason(row, beside)) is not None:
         raise ConfigurationError(f"kernels.impl = triton for {where}: {reason}; set it to auto or reference")

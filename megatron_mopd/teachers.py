@@ -22,7 +22,7 @@ from megatron_mopd import checkpoint, exchange, masks, pipeline, provenance, qua
 from megatron_mopd.config import Config, ConfigurationError, Model
 from megatron_mopd.conversion.model_settings import facts
 from megatron_mopd.parallel import Groups
-from megatron_mopd.predictions import OutputWeight, Predictions
+from megatron_mopd.predictions import OutputWeight, Predictions, check_impl
 from megatron_mopd.records import MicroBatch, Rollout, ScoredRollout
 from megatron_mopd.scoring import Scorer, check_logprobs
 from mopd_kernels.divergence import Head, divergence
@@ -269,6 +269,9 @@ class TeacherPool:
         if key not in self._residents:
             built = self.scorer.build(self._models[name], config.run.precision, f"teachers.{name}")
             self._residents[key], self._present[key] = built, ""
+        if self.groups.last_stage and {"output_weight", "hidden"} & set(self.nvfp4[name]):
+            weight = self._residents[key].get_parameter("output_layer.weight")
+            check_impl(self.scorer.impl, weight, f"teachers.{name}.nvfp4", packed=True)
         self.ids[name] = self._read_checkpoint(name)
         if (stored := self._key(name)) not in self._weights:
             try:
