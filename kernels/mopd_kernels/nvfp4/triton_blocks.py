@@ -12,9 +12,9 @@ from mopd_kernels.nvfp4.triton_codes import (
     MAGIC,
     e2m1_value,
     hadamard,
-    loud_maximum,
+    maximum,
+    maximum_number,
     pack8,
-    quiet_maximum,
     random_bytes,
     split8,
     unpack8,
@@ -45,7 +45,7 @@ def block_amax(x0, x1, KIND: tl.constexpr):
     """Largest magnitude ``[A, B]`` of each block, or of its square of 16 rows, of halves ``[A, B, 8]``."""
     amax = greater(_amax8(tl.abs(x0), KIND), _amax8(tl.abs(x1), KIND), KIND)
     if KIND.square:
-        amax = over_squares(amax, "max" if KIND.numerics == "te" else "quiet max")
+        amax = over_squares(amax, "maximum_number" if KIND.numerics == "te" else "maximum")
     if KIND.numerics == "te":
         amax = tl.where(amax == amax, amax, 0.0)  # nothing but NaN
     return amax
@@ -69,10 +69,10 @@ def over_squares(x, HOW: tl.constexpr):
         low, high = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
         if HOW == "sum":
             total = low + high
-        elif HOW == "max":
-            total = loud_maximum(low, high)
+        elif HOW == "maximum_number":
+            total = maximum_number(low, high)
         else:
-            total = quiet_maximum(low, high)
+            total = maximum(low, high)
     return tl.reshape(tl.broadcast_to(total, (rows // 16, 16, blocks)), (rows, blocks))
 
 
@@ -108,18 +108,18 @@ def _error(x0, x1, bits, factor, global_scale, NORMAL: tl.constexpr, KIND: tl.co
     a0, a1, a2, a3, a4, a5, a6, a7 = split8(_loss(x0, bits, factor, global_scale, NORMAL, KIND))
     b0, b1, b2, b3, b4, b5, b6, b7 = split8(_loss(x1, bits, factor, global_scale, NORMAL, KIND))
     if KIND.error == "max":
-        a = _quietest(_quietest(a0, a1, a2, a3), _quietest(a4, a5, a6, a7), a0, a0)
-        error = _quietest(_quietest(b0, b1, b2, b3), _quietest(b4, b5, b6, b7), a, a)
+        a = _maximum4(_maximum4(a0, a1, a2, a3), _maximum4(a4, a5, a6, a7), a0, a0)
+        error = _maximum4(_maximum4(b0, b1, b2, b3), _maximum4(b4, b5, b6, b7), a, a)
     else:
         error = a0 + a1 + a2 + a3 + a4 + a5 + a6 + a7 + b0 + b1 + b2 + b3 + b4 + b5 + b6 + b7
     if KIND.square:
-        error = over_squares(error, "quiet max" if KIND.error == "max" else "sum")
+        error = over_squares(error, "maximum" if KIND.error == "max" else "sum")
     return error
 
 
 @triton.jit
-def _quietest(a, b, c, d):
-    return quiet_maximum(quiet_maximum(a, b), quiet_maximum(c, d))
+def _maximum4(a, b, c, d):
+    return maximum(maximum(a, b), maximum(c, d))
 
 
 @triton.jit

@@ -30,13 +30,13 @@ E2M1X8 = tl.constexpr(
 
 
 @triton.jit
-def quiet_maximum(a, b):
+def maximum(a, b):
     """The greater, or NaN where either is NaN."""
     return tl.maximum(a, b, propagate_nan=ALL)
 
 
 @triton.jit
-def loud_maximum(a, b):
+def maximum_number(a, b):
     """The greater; the other where one is NaN. The interpreter's own maximum gives NaN there."""
     if INTERPRET:
         a, b = tl.where(a == a, a, b), tl.where(b == b, b, a)

@@ -181,13 +181,13 @@ def raise_bits(amax, bits):
 
 
 @triton.jit
-def flat_amax_kernel(x, amax, size, BLOCK: tl.constexpr, LOUD: tl.constexpr):
-    """Of ``size`` elements one after the other; LOUD leaves out NaN."""
+def flat_amax_kernel(x, amax, size, BLOCK: tl.constexpr, NUMBERS: tl.constexpr):
+    """Of ``size`` elements one after the other; NUMBERS leaves out NaN."""
     largest = tl.zeros([BLOCK], tl.int32)
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
         at = start + tl.arange(0, BLOCK)
         bits = load_fp32(x + at, at < size).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        if LOUD:
+        if NUMBERS:
             bits = tl.where(bits > EXPONENT, 0, bits)
         largest = tl.maximum(largest, bits)
     raise_bits(amax, tl.max(largest, 0))

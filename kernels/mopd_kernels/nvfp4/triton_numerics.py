@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from mopd_kernels.nvfp4.triton_codes import e4m3_bits, e4m3_value, loud_maximum, quiet_maximum, rounded
+from mopd_kernels.nvfp4.triton_codes import e4m3_bits, e4m3_value, maximum, maximum_number, rounded
 from mopd_kernels.triton_common import INTERPRET
 
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of fp32
@@ -49,9 +49,9 @@ def at_most(x, limit: tl.constexpr):
 def greater(a, b, KIND: tl.constexpr):
     """Of two magnitudes; where one is NaN the other in "te", which counts no NaN, and NaN in the others."""
     if KIND.numerics == "te":
-        return loud_maximum(a, b)
+        return maximum_number(a, b)
     else:
-        return quiet_maximum(a, b)
+        return maximum(a, b)
 
 
 @triton.jit
@@ -67,10 +67,10 @@ def block_scale(amax, global_scale, KIND: tl.constexpr):
     if KIND.numerics == "te":
         return e4m3_bits(amax * (encode_scale(global_scale, KIND.bound) * SIXTH))
     elif KIND.numerics == "torchao":
-        return e4m3_bits(quiet_maximum(tl.div_rn(tl.div_rn(amax, 6.0), global_scale), 0.015625))
+        return e4m3_bits(maximum(tl.div_rn(tl.div_rn(amax, 6.0), global_scale), 0.015625))
     elif KIND.numerics == "modelopt":
         scale = tl.div_rn(amax, 6.0 * global_scale)
-        return e4m3_bits(quiet_maximum(tl.where(scale == 0.0, 1.0, scale), 0.001953125))
+        return e4m3_bits(maximum(tl.where(scale == 0.0, 1.0, scale), 0.001953125))
     elif KIND.numerics == "vllm":
         return e4m3_bits(global_scale * (amax * SIXTH))
     else:
@@ -92,7 +92,7 @@ def scale_pair(amax, tensor_amax, KIND: tl.constexpr):
 def _modelopt_scale(amax, tensor_amax, BOUND: tl.constexpr):
     scale = tl.div_rn(amax, 6.0)
     scale = tl.div_rn(tl.where(scale == 0.0, 1.0, scale) * BOUND, tl.div_rn(tensor_amax, 6.0))
-    return e4m3_bits(quiet_maximum(scale, 0.001953125))
+    return e4m3_bits(maximum(scale, 0.001953125))
 
 
 @triton.jit

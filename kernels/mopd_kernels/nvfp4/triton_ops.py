@@ -97,9 +97,9 @@ class Operand:
 
     def amax(self) -> Tensor:
         """fp32 []: the amax that the format makes the global scale for, computed."""
-        loud = self.format.numerics == "te"
+        numbers = self.format.numerics == "te"
         if self.format.signs is None and self.producer is None and self.x.is_contiguous():
-            return flat_amax(self.x, loud)
+            return flat_amax(self.x, numbers)
         amax = torch.zeros((), dtype=torch.int32, device=self.x.device)
         if self.x.numel():
             arguments = self.arguments | {"KIND": replace(self.kind, square=False)}
@@ -300,14 +300,14 @@ def dequantize(t: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def global_amax(x: Tensor) -> Tensor:
     """See :func:`mopd_kernels.nvfp4.global_amax`."""
-    return flat_amax(x.contiguous(), loud=False)
+    return flat_amax(x.contiguous(), numbers=False)
 
 
-def flat_amax(x: Tensor, loud: bool) -> Tensor:
-    """fp32 [] of dense ``x``; without its NaNs if ``loud``."""
+def flat_amax(x: Tensor, numbers: bool) -> Tensor:
+    """fp32 [] of dense ``x``; without its NaNs if of ``numbers`` alone."""
     amax = torch.zeros((), dtype=torch.int32, device=x.device)
     if x.numel():
         programs = min(-(-x.numel() // FLAT), 8 * device_properties(x.device)[1])
-        options: dict[str, Any] = {"BLOCK": FLAT, "LOUD": loud, "num_warps": 8}
+        options: dict[str, Any] = {"BLOCK": FLAT, "NUMBERS": numbers, "num_warps": 8}
         kernels.flat_amax_kernel[(programs,)](x, amax, x.numel(), **options)
     return amax.view(torch.float32)

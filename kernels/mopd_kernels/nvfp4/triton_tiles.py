@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mopd_kernels.nvfp4.triton_codes import bf16_bits, join8, quiet_maximum, rounded
+from mopd_kernels.nvfp4.triton_codes import bf16_bits, join8, maximum, rounded
 from mopd_kernels.triton_common import INTERPRET
 
 
@@ -101,7 +101,7 @@ def _load_one(at, stride, width, first, inside, ELEMENT: tl.constexpr, RAGGED: t
 @triton.jit
 def squared_relu(x, DTYPE: tl.constexpr):
     """max(x, 0)^2 as DTYPE holds it, in fp32."""
-    x = quiet_maximum(x, 0.0)
+    x = maximum(x, 0.0)
     return rounded(x * x, DTYPE)
 
 
