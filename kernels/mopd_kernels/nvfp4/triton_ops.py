@@ -141,7 +141,7 @@ class Target:
         name = self.operand.format.numerics
         if not torch.isfinite(self.global_scale):
             raise ValueError(
-                f"x of shape {list(self.operand.x.shape)} has amax = {self.amax.item()}: numerics = {name!r} has no"
+                f"x of shape {list(self.operand.shape)} has amax = {self.amax.item()}: numerics = {name!r} has no"
                 f" finite global scale for it; te takes it"
             )
         if self.flag:
