@@ -7,12 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 DEMO_CONFIG ?= examples/demo.yaml
 DEMO_ARGS ?=
+RECIPE_CONFIG ?= examples/recipe.yaml
+RECIPE_ARGS ?=
 BENCH_ARGS ?=
 NVFP4_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint test test-slow controls demo bench bench-kernels nvfp4-training lock clean
+.PHONY: help install lint test test-slow controls demo recipe recipe-ablations bench bench-kernels nvfp4-training lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +49,15 @@ controls: demo ## the demo, then its controls: rotated teachers, learning rate 0
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 tools/demo_controls.py $(DEMO_CONFIG) $(DEMO_ARGS)
 
 demo: $(STAMP) ## three specialists merged into one student on 2 CPU cores; DEMO_ARGS="parallel.tensor=2" changes settings
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 -m megatron_mopd.runner $(DEMO_CONFIG) $(DEMO_ARGS)
+	$(BIN)/python -m megatron_mopd.recipe $(DEMO_CONFIG) $(DEMO_ARGS)
+
+recipe: $(STAMP) ## SFT, warm-up, two MOPD iterations, MTP boosting, NVFP4, report: 2 CPU cores; RECIPE_ARGS="--from mopd2"
+	$(BIN)/python -m megatron_mopd.recipe $(RECIPE_CONFIG) $(RECIPE_ARGS)
+
+recipe-ablations: recipe ## what its warm-up, its boosting (3 seeds) and old rollouts change; then its report again
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 tools/recipe_ablations.py $(RECIPE_CONFIG) $(RECIPE_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/staleness.py $(RECIPE_CONFIG) $(RECIPE_ARGS)
+	$(BIN)/python -m megatron_mopd.recipe $(RECIPE_CONFIG) $(RECIPE_ARGS)
 
 nvfp4-training: $(STAMP) ## does training towards a quantized student pay: 3 seeds with and without, on 2 CPU cores
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 tools/nvfp4_training.py examples/nvfp4_training.yaml $(NVFP4_ARGS)

@@ -54,6 +54,18 @@ def empty(pad_token: int, length_multiple: int = 1) -> MicroBatch:
     )
 
 
+def sequences(micro_batches: Sequence[MicroBatch]) -> list[tuple[torch.Tensor, int]]:
+    """The sequences that the completion tokens of ``micro_batches`` belong to, one after the other: int64 ``[length]``
+    without padding, and how many tokens at the end are the completion; rows without one are left out."""
+    found = []
+    for micro_batch in micro_batches:
+        completions = micro_batch.cu_seqlens.diff().tolist()
+        for row, length, completion in zip(micro_batch.tokens, micro_batch.lengths.tolist(), completions, strict=True):
+            if completion:
+                found.append((row[:length], completion))
+    return found
+
+
 def even(micro_batches: Sequence[MicroBatch], pad_token: int, groups: Groups, dispatcher: str) -> list[MicroBatch]:
     """Pad with empty micro-batches until all data-parallel ranks have as many, so that all run the same collectives.
 

@@ -88,7 +88,7 @@ def save(
         index = _together(groups, lambda: torch_dist.open_index(target))
         manifest = _manifest(index, manifest, step, module, groups)
         batches = in_flight.gather(rollouts, groups)
-        state = {"step": step, "optimizer_step": sharded_state.optimizer_step(optimizer), "state": state}
+        state = {"step": step, "optimizer_step": _optimizer_step(optimizer, groups), "state": state}
         _on_first(groups, lambda: _write_rest(target, common, state, manifest, batches, companions or {}))
         _on_first(groups, lambda: directory.publish(root, step, keep))
     except _Failed as failed:
@@ -189,7 +189,7 @@ def _write_rest(
     tensors, records = in_flight.pack(batches)
     directory.write(target / "common.pt", legacy.getvalue())
     directory.write(target / in_flight.TENSORS, tensors)
-    directory.write(target / in_flight.RECORDS, records)
+    directory.write(target / in_flight.RECORDS, in_flight.seal(tensors, records))
     for name, content in companions.items():
         file = target / COMPANIONS / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +222,13 @@ def _manifest(
             if name.startswith(names.PREFIXES)
         },
     }
+
+
+def _optimizer_step(optimizer: Any | None, groups: Groups) -> float | None:
+    """Updates that the optimizer has counted; on a pipeline stage where nothing is trained it has counted none."""
+    steps: list[Any] = [None] * groups.pp_size
+    dist.all_gather_object(steps, sharded_state.optimizer_step(optimizer), group=groups.pp)
+    return max((step for step in steps if step is not None), default=None)
 
 
 def _identify(index: torch_dist.Index, query_groups: int, vocab_size: int | None, groups: Groups) -> str:

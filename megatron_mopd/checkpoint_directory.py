@@ -39,6 +39,12 @@ def latest(root: Path) -> Path | None:
     return root / _name(max(steps)) if steps else None
 
 
+def before(root: Path, step: int) -> Path | None:
+    """The newest complete checkpoint under ``root`` of a step below ``step``; None when there is none."""
+    steps = [found for found in _steps(root) if found < step and is_complete(root / _name(found))]
+    return root / _name(max(steps)) if steps else None
+
+
 def resolve(path: Path) -> Path:
     """The checkpoint that ``path`` stands for; raises :class:`ConfigurationError` when there is none."""
     found = latest(path)
@@ -68,6 +74,11 @@ def read_json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{file}: cannot be read: {error}; copy the checkpoint again") from None
+
+
+def steps(root: Path) -> list[int]:
+    """The steps of the complete checkpoints under ``root``, in order."""
+    return [step for step in _steps(root) if is_complete(place(root, step))]
 
 
 def place(root: Path, step: int) -> Path:

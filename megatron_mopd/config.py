@@ -1,4 +1,4 @@
-"""The one typed configuration: every setting, its default and its rule live here and in data_config.py, nowhere else.
+"""The one typed configuration: every setting, its default and its rule live here and in *_config.py files beside it.
 
 ``load_config(path, overrides)`` reads YAML, applies ``key=value`` overrides, refuses unknown keys (naming the nearest
 known one) and values out of range, and returns a frozen :class:`Config`. Imports neither torch nor megatron.core.
@@ -12,10 +12,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_mopd.data_config import Data, ReasoningGymPrompts, Tokenizer, Weight
-from megatron_mopd.objective_presets import OBJECTIVE_PRESETS
+from megatron_mopd.asynchrony_config import Asynchrony
+from megatron_mopd.data_config import Data, ReasoningGymPrompts, Tokenizer
+from megatron_mopd.guard_config import Guards
+from megatron_mopd.objective_config import CrossEntropy as CrossEntropy
+from megatron_mopd.objective_config import Mopd, Mtp, Objective
+from megatron_mopd.objective_config import MtpBoosting as MtpBoosting
+from megatron_mopd.preflight_config import Preflight
 from megatron_mopd.quantization import recipes
 from megatron_mopd.settings import ConfigurationError, Section, explain, merge, nearest, read_yaml
+from megatron_mopd.source_config import Dataset as Dataset
+from megatron_mopd.source_config import Rollouts, Source
+from megatron_mopd.source_config import Traces as Traces
 
 
 class Model(Section):
@@ -57,13 +65,6 @@ class Parallel(Section):
     """auto: nccl with CUDA, gloo without; resolved once and said once."""
 
 
-class Source(Section):
-    """Where a stage's trajectories come from."""
-
-    type: Literal["rollout", "dataset"] = "rollout"
-    """rollout: the student's own samples; dataset: the completions of the training data."""
-
-
 class RolloutSettings(Section):
     prompts_per_step: int = Field(default=1024, gt=0)
     """Prompts per step over all ranks (report section 3.3.1: 1,024)."""
@@ -78,6 +79,9 @@ class RolloutSettings(Section):
     less memory, and the result is the same."""
     lag: int = Field(default=0, ge=0)
     """Age in steps of the rollouts an update sees; 0 is on-policy."""
+    shards: int = Field(default=0, ge=0)
+    """Steps, the newest, whose scored rollouts stay under ``rollouts`` in run.dir with what the update made of them,
+    and beside them every step that can be replayed: the first, and those after a checkpoint that is kept. 0: none."""
 
     @model_validator(mode="after")
     def _top_p(self) -> RolloutSettings:
@@ -93,8 +97,9 @@ class Teacher(Section):
     checkpoint: Path
     """Checkpoint directory: Hugging Face's (config.json and safetensors) or Megatron's (``iter_*`` inside, or one such
     directory)."""
-    domains: list[str] = Field(min_length=1)
-    """Domains this teacher scores; each domain has exactly one teacher."""
+    domains: list[str]
+    """Domains this teacher scores; each domain has exactly one teacher. Empty for a candidate of the pre-flight that
+    is measured only."""
     model: Model | None = None
     """Architecture (preset, pattern, override); what the checkpoint says when left out, or the student's where it says
     nothing. Its MTP heads are never built."""
@@ -109,72 +114,6 @@ class Teacher(Section):
         if len(set(self.nvfp4)) < len(self.nvfp4):
             raise ValueError(f"nvfp4 = {self.nvfp4}: names a part twice; name each once")
         return self
-
-
-class Mopd(Section):
-    """Eq. 3 of the Nemotron 3 Ultra report (section 3.3.1) and its released variants as fields."""
-
-    type: Literal["mopd"] = "mopd"
-    preset: Literal["mimo", "cascade_2", "ultra_released"] | None = None
-    """Values for the fields below, from megatron_mopd.objective_presets; a field given beside it wins."""
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    """r_t is clipped to [1 - clip_low, 1 + clip_high]; the report gives no value, 0.2 is PPO's."""
-    clip_high: float = Field(default=0.2, ge=0)
-    importance: Literal["icepop", "clamp", "none"] = "icepop"
-    """icepop: tokens with c_t outside the bounds are masked (m_t); clamp: c_t is clamped to them, as in the released
-    configuration; none: c_t is used as it is."""
-    importance_low: float = Field(default=0.2, ge=0)
-    importance_high: float = Field(default=5.0, gt=0)
-    """Bounds of c_t; [0.2, 5] in the released configuration."""
-    force_on_policy_ratio: bool = False
-    """r_t = 1 with the gradient of log pi_theta (released configuration)."""
-    advantage_clip: float | None = Field(default=None, gt=0)
-    """Advantages are clipped to [-x, x]; 20 in the released configuration."""
-    sequence_error_threshold: float | None = Field(default=None, gt=1)
-    """Sequences whose mean exp|log c_t| exceeds this are dropped; 2 in the released configuration."""
-    normalization: Literal["token", "sequence"] = "token"
-    """token: the sum over tokens divided by the global number of completion tokens before m_t;
-    sequence: the mean over sequences of each sequence's token mean (MiMo, Cascade 2)."""
-    outcome_weight: float = Field(default=0.0, ge=0)
-    """alpha: weight of the group-relative outcome-reward advantage; needs rollout.samples_per_prompt >= 2."""
-    domain_weights: dict[str, Weight] = {}
-    """lambda_i on the loss; 1 for a domain not named."""
-    minibatches: int = Field(default=1, gt=0)
-    """Optimizer steps per rollout batch. With 1, prox is the training forward itself and no prox forward runs."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _preset(cls, values: Any) -> Any:
-        known = OBJECTIVE_PRESETS.get(str(values.get("preset"))) if isinstance(values, dict) else None
-        return values if known is None else {**known, **values}
-
-    @model_validator(mode="after")
-    def _bounds(self) -> Mopd:
-        if self.importance_low >= self.importance_high:
-            raise ValueError(
-                f"importance_low = {self.importance_low} must be below importance_high = {self.importance_high}"
-            )
-        return self
-
-
-class CrossEntropy(Section):
-    """Supervised training on completion tokens (SFT, specialists, warm-up)."""
-
-    type: Literal["cross_entropy"] = "cross_entropy"
-    domain_weights: dict[str, Weight] = {}
-    minibatches: int = Field(default=1, gt=0)
-
-
-Objective = Annotated[Mopd | CrossEntropy, Field(discriminator="type")]
-
-
-class Mtp(Section):
-    train: bool = True
-    """Whether the MTP heads (where the pattern has any) are trained along, by cross-entropy on completion tokens;
-    inputs, embedding and output weight are detached, so the trunk never sees it."""
-    weight: float = Field(default=0.3, ge=0)
-    """Scale of the MTP loss (0.3 in the released configuration). The heads' gradient has a norm of its own, clipped
-    apart from the trunk's by optimizer.clip_grad."""
 
 
 class Kernels(Section):
@@ -277,15 +216,18 @@ class Config(Section):
     parallel: Parallel = Parallel()
     tokenizer: Tokenizer = Tokenizer()
     data: Data = Data()
-    source: Source = Source()
+    source: Source = Rollouts()
     rollout: RolloutSettings = RolloutSettings()
+    asynchrony: Asynchrony = Asynchrony()
     teachers: dict[str, Teacher] = {}
+    preflight: Preflight = Preflight()
     objective: Objective = Mopd()
     mtp: Mtp = Mtp()
     kernels: Kernels = Kernels()
     quantization: Quantization = Quantization()
     optimizer: Optimizer = Optimizer()
     batching: Batching = Batching()
+    guards: Guards = Guards()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
 
@@ -299,12 +241,25 @@ class Config(Section):
             raise ValueError("objective.type mopd scores the student's own rollouts; set source.type to rollout")
         if self.objective.type == "mopd" and not self.teachers:
             raise ValueError("objective.type mopd needs teachers; name at least one under teachers")
-        if self.objective.type == "cross_entropy" and self.source.type != "dataset":
+        if self.objective.type == "mtp_boosting" and self.source.type != "rollout":
+            raise ValueError(
+                "objective.type mtp_boosting learns on the student's own rollouts; set source.type to rollout"
+            )
+        if self.objective.type == "mtp_boosting" and self.teachers:
+            raise ValueError(
+                f"teachers = {sorted(self.teachers)}: the teacher of objective.type mtp_boosting is the student's own"
+                " backbone; name none"
+            )
+        if self.objective.type == "cross_entropy" and self.source.type == "rollout":
             raise ValueError("objective.type cross_entropy trains on a dataset's completions; set source.type: dataset")
+        if self.source.type == "traces" and not self.teachers:
+            raise ValueError("source.type traces trains on what teachers write; name at least one under teachers")
         if self.evaluation.every and not self.data.held_out:
             raise ValueError(
                 f"evaluation.every = {self.evaluation.every} needs prompts to evaluate on under data.held_out"
             )
+        if self.asynchrony.mode != "inline" and self.source.type != "rollout":
+            raise ValueError(f"asynchrony.mode = {self.asynchrony.mode} is for rollouts; set source.type to rollout")
         size = self.rollout.prompts_per_step if self.source.type == "rollout" else self.batching.sequences_per_step
         if size is not None and self.objective.minibatches > size:
             raise ValueError(
@@ -312,7 +267,7 @@ class Config(Section):
                 f" {size} prompts of a batch; lower it, or raise rollout.prompts_per_step (batching.sequences_per_step)"
             )
         if self.objective.type == "cross_entropy" and self.batching.sequences_per_step is None:
-            raise ValueError("batching.sequences_per_step is needed by a dataset stage")
+            raise ValueError(f"batching.sequences_per_step is needed by a {self.source.type} stage")
         if isinstance(self.objective, Mopd) and self.objective.outcome_weight and self.rollout.samples_per_prompt < 2:
             raise ValueError(
                 f"objective.outcome_weight = {self.objective.outcome_weight} compares rollouts of one prompt;"
@@ -331,6 +286,16 @@ class Config(Section):
                         " each domain needs exactly one teacher"
                     )
                 owner[domain] = name
+        candidates = self.preflight.candidates
+        if unknown := sorted(candidates.keys() - self.teachers.keys()):
+            hint = nearest(unknown[0], sorted(self.teachers))
+            raise ValueError(f"preflight.candidates.{unknown[0]}: no teacher of this name{hint}")
+        for name, teacher in self.teachers.items():
+            if not teacher.domains and not candidates.get(name):
+                raise ValueError(
+                    f"teachers.{name}.domains is empty: nothing would be asked of it; name what it teaches, or under"
+                    f" preflight.candidates.{name} what it is measured on"
+                )
         named = {s.domain for s in self.data.train if isinstance(s, ReasoningGymPrompts)}
         if self.objective.type == "mopd" and (missing := sorted(named - owner.keys())):
             raise ValueError(

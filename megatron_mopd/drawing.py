@@ -19,12 +19,15 @@ def row_keys(seed: int, step: int, requests: Iterable[tuple[Prompt, int]], devic
     return torch.tensor(keys, dtype=torch.int64, device=device)
 
 
-def uniforms(keys: Tensor, position: int) -> Tensor:
+def uniforms(keys: Tensor, position: int | Tensor) -> Tensor:
     """Noise of one position: fp64 ``[b]`` in [0, 1) with 53 random bits, a function of key and position alone.
 
-    The mixing function is SplitMix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
+    A tensor of positions (int64) that broadcasts against ``keys`` gives the same numbers in the shape of both. The
+    mixing function is SplitMix64's (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
     """
-    x = keys + _signed((position + 1) * 0x9E3779B97F4A7C15)  # int64 arithmetic wraps
+    step = 0x9E3779B97F4A7C15
+    ahead = (position + 1) * _signed(step) if isinstance(position, Tensor) else _signed((position + 1) * step)
+    x = keys + ahead  # int64 arithmetic wraps
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     return _shift(x ^ _shift(x, 31), 11).double() * 2.0**-53
@@ -83,6 +86,11 @@ class Head:
         chosen = logits.gather(1, column.unsqueeze(-1)).squeeze(-1).double() - top - total.log()
         drawn = self._from_owner(torch.stack([(column + self.start).double(), chosen]), owner)
         return drawn[0].long(), drawn[1].float()
+
+    def probabilities(self, hidden: Tensor, temperature: float) -> Tensor:
+        """The whole distribution of each row, fp64 ``[b, V]`` with the padding's zeros, the same on all ranks."""
+        logits = self._gather(self._logits(hidden, temperature).double())
+        return logits.transpose(0, 1).flatten(1).softmax(-1)
 
     def _logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """This rank's logits / temperature, fp32 ``[b, V/tp]``; padding gets the lowest number, a mass of 0."""

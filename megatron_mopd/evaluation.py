@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_mopd import provenance
+from megatron_mopd.intervals import Accuracy
 from megatron_mopd.parallel import Groups
 from megatron_mopd.prompts import verify
 from megatron_mopd.records import Policy, Prompt, Rollout, Sampling
-from megatron_mopd.report import Accuracy
 from megatron_mopd.rollout import Sampler
 from megatron_mopd.tokenizer import ChatTokenizer
 
@@ -44,24 +45,46 @@ def sample(
     return sampler.generate([(prompt, 0) for prompt in share], sampling, 0, -1, batch_size)
 
 
-def accuracy(
+def answers(
     sampler: Sampler,
     prompts: Sequence[Prompt],
     tokenizer: ChatTokenizer,
     groups: Groups,
     max_new_tokens: int,
     batch_size: int,
-) -> dict[str, Accuracy]:
-    """Greedy accuracy per domain, judged by each prompt's verifier (a score of 1 counts). Equal on all ranks."""
+) -> dict[str, str]:
+    """Whether each greedy completion is right, judged by its prompt's verifier (a score of 1 counts).
+
+    ``{domain: "0110..."}``, domains sorted: one character a prompt, in the order of ``prompts``. Equal on all ranks.
+    """
     greedy = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop_tokens=tuple(tokenizer.stop_tokens))
     rollouts = sample(sampler, prompts, greedy, groups, batch_size)
-    domains = sorted({p.domain for p in prompts})
-    counts = torch.zeros(len(domains), 2, dtype=torch.int64, device=groups.device)
-    for rollout in rollouts:
-        verdict = torch.tensor([int(right(rollout, tokenizer)), 1], device=groups.device)
-        counts[domains.index(rollout.prompt.domain)] += verdict
-    torch.distributed.all_reduce(counts, group=groups.dp)
-    return {d: Accuracy(correct=int(c), total=int(t)) for d, (c, t) in zip(domains, counts.tolist(), strict=True)}
+    verdicts = torch.zeros(len(prompts), dtype=torch.int64, device=groups.device)
+    own = torch.tensor([int(right(rollout, tokenizer)) for rollout in rollouts], dtype=torch.int64)
+    verdicts[groups.dp_rank :: groups.dp_size] = own.to(groups.device)
+    torch.distributed.all_reduce(verdicts, group=groups.dp)
+    marks = verdicts.tolist()
+    return {
+        domain: "".join(str(mark) for mark, prompt in zip(marks, prompts, strict=True) if prompt.domain == domain)
+        for domain in sorted({p.domain for p in prompts})
+    }
+
+
+def counted(answered: Mapping[str, str]) -> dict[str, Accuracy]:
+    """Accuracy per domain of what :func:`answers` gives."""
+    return {d: Accuracy(correct=marks.count("1"), total=len(marks)) for d, marks in answered.items()}
+
+
+def result(answered: Mapping[str, str], prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a stage leaves of its answers, as JSON values: ``accuracy``, ``answers`` and ``prompts``.
+
+    ``prompts`` is ``{domain: sha256 of the prompt ids in order}``: answers of two stages are paired where it is equal.
+    """
+    asked = {
+        domain: hashlib.sha256("\n".join(p.id for p in prompts if p.domain == domain).encode()).hexdigest()
+        for domain in answered
+    }
+    return {"accuracy": to_json(counted(answered)), "answers": dict(answered), "prompts": asked}
 
 
 def right(rollout: Rollout, tokenizer: ChatTokenizer) -> bool:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from time import time
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 import torch.distributed as dist
 
+from megatron_mopd.files import WriteError, atomically
 from megatron_mopd.records import Rollout, ScoredRollout
 from megatron_mopd.token_sums import SEQUENCE_SOURCES, TokenSums
 
@@ -59,18 +61,27 @@ class MetricsWriter:
         log.info("metrics go to %s", ", ".join([str(self.path), *filter(None, sinks)]))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One row; on disk when the call returns, so a checkpoint saved afterwards never outruns its metrics."""
+        """One row; on disk when the call returns, so a checkpoint saved afterwards never outruns its metrics.
+
+        Raises :class:`files.WriteError` on a full disk or the like; half a row is dropped when the run goes on.
+        """
         if self._file is None:
             return
         now = time()
         values = {name: _finite(float(value)) for name, value in metrics.items()}
         row = {"step": step, f"{TIME_PREFIX}unix": now} | values
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._events is not None:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, float(value), step, walltime=now)
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            if self._events is not None:
+                for name, value in metrics.items():
+                    self._events.add_scalar(name, float(value), step, walltime=now)
+        except OSError as error:
+            with suppress(OSError):  # what could not be written is tried once more when files are closed
+                self.close()
+            self._file = self._events = None
+            raise WriteError(self.path, f"the row of step {step}", error) from None
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
@@ -123,12 +134,11 @@ def _drop_beyond(path: Path, step: int) -> None:
         return
     rows = read(path.parent)
     kept = [row for row in rows if step > 0 and row["step"] <= step]  # at 0 step 0 itself is measured again
-    temporary = path.with_suffix(".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+    try:
+        atomically(path, lambda file: file.write_text(content, encoding="utf-8"))
+    except OSError as error:
+        raise WriteError(path, f"the rows up to step {step}", error) from None
     if len(kept) < len(rows):
         log.info("%s: dropped %d rows beyond step %d", path, len(rows) - len(kept), step)
 
@@ -189,7 +199,8 @@ def _domains(
     config: Config, rollouts: Sequence[Rollout | ScoredRollout], group: dist.ProcessGroup | None
 ) -> tuple[str, ...]:
     """All domains a stage can meet; asked of the other ranks only where the configuration cannot tell (JSONL data)."""
-    if config.teachers:
+    replays = config.source.type == "traces" and config.source.others == "replay"  # domains that no teacher serves
+    if config.teachers and not replays:
         return tuple(domain for teacher in config.teachers.values() for domain in teacher.domains)
     if all(source.type == "reasoning_gym" for source in config.data.train):
         return tuple(sorted({source.domain for source in config.data.train if source.type == "reasoning_gym"}))

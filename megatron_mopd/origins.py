@@ -100,6 +100,19 @@ def summary(model: Model) -> str:
     return f"pattern {p.pattern}, hidden size {p.hidden_size}, {presets.parameter_count(p).main:,} parameters"
 
 
+def vocab_size(model: Model, tokens: int) -> int:
+    """Rows of the embedding that stand for tokens, which must be the tokenizer's ``tokens``: a row without a token
+    could be sampled and mean nothing."""
+    given = model.vocab_size
+    if given is not None and given != tokens:
+        whose = f", of {model.initial}" if model.initial else ""
+        raise ConfigurationError(
+            f"model.vocab_size = {given}{whose}, but the tokenizer has {tokens} tokens; name the tokenizer of these"
+            " weights under tokenizer (type huggingface and path), or leave the setting out for weights that are drawn"
+        )
+    return tokens
+
+
 def _model_at(path: Path, origin: str, written: Mapping[Path, Model]) -> Model | None:
     if (model := written.get(path)) is not None:
         return model

@@ -8,6 +8,7 @@ is sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,29 @@ def train[T](
         return value, lambda value: (value, torch.zeros((), dtype=torch.int, device=value.device), report)
 
     return _run(model, micro_batches, step, groups)
+
+
+def train_last[T](
+    model: Any,
+    micro_batches: Sequence[MicroBatch],
+    loss: Callable[[MicroBatch], tuple[Tensor, T]],
+    groups: Groups,
+    grad_scale: float = 1.0,
+) -> list[T]:
+    """:func:`train` where only layers of the last stage are trained, from inputs that need no gradient: the stages run
+    forward alone, and backward stays within the last, which multiplies the loss by ``grad_scale``."""
+    done = iter(range(1, len(micro_batches) + 1))
+
+    def look(micro_batch: MicroBatch) -> T:
+        # As in mcore's schedule, only the last backward may start the reduction of gradients.
+        with nullcontext() if next(done) == len(micro_batches) else model.no_sync(), torch.enable_grad():
+            value, report = loss(micro_batch)
+            (value * grad_scale).backward()
+        return report
+
+    reports = read(model, micro_batches, look, groups)
+    get_model_config(model).finalize_model_grads_func([model], None, pg_collection=groups.pg)
+    return reports
 
 
 @torch.no_grad()

@@ -6,22 +6,21 @@ Each domain keeps one colour everywhere; lines are labelled where they end inste
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from megatron_mopd.intervals import Accuracy
 from megatron_mopd.palette import domain_colours
-from megatron_mopd.report import Accuracy, Report
+from megatron_mopd.plot_parts import FAINT, INK, across, grid, label_ends, level, smooth, tidy
+from megatron_mopd.report import Report
 from megatron_mopd.rollout_plot import rollouts
 
 DPI = 160
-INK, FAINT = "#222222", "#8a8a8a"
-COLUMNS = 3  # panels beside each other
 
 
 def figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
@@ -42,7 +41,7 @@ def save(figure: Figure, path: Path | str) -> None:
 def accuracy(report: Report) -> Figure:
     """One panel a domain: the student over steps with its 95% band, its teacher and the student before as levels."""
     colours = domain_colours(report.domains)
-    figure, panels = _grid(len(report.domains), height=3.1)
+    figure, panels = grid(len(report.domains), height=3.1)
     for i, (domain, axes) in enumerate(zip(report.domains, panels, strict=True)):
         colour, teacher = colours[domain], report.teacher_of[domain]
         points = _with_ends(report, domain)
@@ -51,17 +50,17 @@ def accuracy(report: Report) -> Figure:
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(steps, levels, color=colour, linewidth=2, marker="o", markersize=3.5, clip_on=False, zorder=3)
         goal, start = report.teachers[teacher][domain].rate, report.before[domain].rate
-        _level(axes, goal, f"teacher {teacher} {goal:.1%}", INK, (0, (4, 2)), side="left")
+        level(axes, goal, f"teacher {teacher} {goal:.1%}", INK, (0, (4, 2)), side="left")
         near = abs(goal - start) < 0.1  # its label goes below its line, away from the teacher's
-        _level(axes, start, "student before", FAINT, (0, (1, 2)), side="right", above=not near)
+        level(axes, start, "student before", FAINT, (0, (1, 2)), side="right", above=not near)
         axes.set_title(f"{domain}  {levels[0]:.1%} → {levels[-1]:.1%}", color=colour, loc="left", fontsize=11)
         axes.set_ylim(0, 1.09)  # room for a teacher's label above 100%
         axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _steps_axis(axes, report)
-        if i % COLUMNS == 0:
+        if i % across(len(panels)) == 0:
             axes.set_ylabel("held-out accuracy, greedy")
-        _tidy(axes)
+        tidy(axes)
     return figure
 
 
@@ -74,7 +73,7 @@ def reverse_kl(report: Report) -> Figure:
     ends: list[tuple[float, str, str]] = []
     for domain, teacher in report.teacher_of.items():
         exact = report.reverse_kl[teacher][domain]
-        curve = [(s, v) for s, v in _smooth(report.kl_history.get(domain, ())) if v >= floor]
+        curve = [(s, v) for s, v in smooth(report.kl_history.get(domain, ())) if v >= floor]
         axes.plot([s for s, _ in curve], [v for _, v in curve], color=colours[domain], linewidth=1.6, alpha=0.9)
         pair = [max(exact.before, floor), max(exact.after, floor)]
         axes.plot([0, last], pair, "o", color=colours[domain], markersize=7, clip_on=False, zorder=4)
@@ -90,8 +89,8 @@ def reverse_kl(report: Report) -> Figure:
     axes.set_ylabel("reverse KL to the teacher, nats per token")
     lines = "   lines: sampled estimate, training rollouts" if measured else ""
     axes.set_title(f"dots: exact, held-out student rollouts{lines}", loc="left", fontsize=9, color=INK)
-    _tidy(axes)
-    _label_ends(axes, ends)
+    tidy(axes)
+    label_ends(axes, ends)
     return figure
 
 
@@ -115,7 +114,7 @@ def advantages(report: Report) -> Figure:
         )
         axes.text(0.015, 0.93, text, transform=axes.transAxes, va="top", color=colours[domain], fontsize=9)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-        _tidy(axes)
+        tidy(axes)
     rows[len(shown) // 2].set_ylabel("share of tokens")
     rows[-1].set_xlabel("advantage, nats (outermost bins hold what lies beyond)")
     return figure
@@ -141,13 +140,6 @@ def _floor(report: Report) -> float:
     return max(1e-6, largest * 1e-3)
 
 
-def _smooth(curve: Sequence[tuple[int, float]], points: int = 60) -> list[tuple[float, float]]:
-    """Means of neighbouring steps, at most ``points`` of them, so that noise does not hide the trend."""
-    width = max(1, math.ceil(len(curve) / points))
-    parts = [curve[i : i + width] for i in range(0, len(curve), width)]
-    return [(float(np.mean([s for s, _ in part])), float(np.mean([v for _, v in part]))) for part in parts]
-
-
 def _bins(values: np.ndarray, count: int = 80) -> np.ndarray:
     """Edges over all but the outermost values, zero in the middle of a bin."""
     low, high = (float(v) for v in np.quantile(values, [0.001, 0.999]))
@@ -156,81 +148,9 @@ def _bins(values: np.ndarray, count: int = 80) -> np.ndarray:
     return width * (np.arange(first, last + 2) - 0.5)
 
 
-def _level(
-    axes: Axes,
-    value: float,
-    text: str,
-    colour: str,
-    dashes: tuple[int, tuple[int, int]],
-    side: Literal["left", "right"],
-    above: bool = True,
-) -> None:
-    """A horizontal line with its label at one end."""
-    axes.axhline(value, color=colour, linewidth=1.1, linestyle=dashes)
-    axes.annotate(
-        text,
-        (0 if side == "left" else 1, value),
-        xycoords=("axes fraction", "data"),
-        xytext=(4 if side == "left" else -4, 2 if above else -2),
-        textcoords="offset points",
-        ha=side,
-        va="bottom" if above else "top",
-        color=colour,
-        fontsize=8.5,
-    )
-
-
 def _steps_axis(axes: Axes, report: Report) -> None:
     if report.steps is None and not any(report.accuracy_history.values()) and not any(report.kl_history.values()):
         axes.set_xticks([0, 1], ["before", "after"])
         return
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-
-
-def _grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    columns = min(count, COLUMNS)
-    lines = math.ceil(count / columns)
-    figure = Figure(figsize=(3.4 * columns, height * lines), layout="constrained")
-    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for panel in panels:
-        panel.tick_params(labelbottom=True)  # sharing hides the numbers of all but the last line, which may have gaps
-    for unused in panels[count:]:
-        unused.set_axis_off()
-    return figure, panels[:count]
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=8.5, length=3, color=FAINT)
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Labels right of the last points, moved apart where they would overlap."""
-    low, high = (math.log(v) for v in axes.get_ylim())
-    spots = sorted((((math.log(value) - low) / (high - low), text, colour) for value, text, colour in ends))
-    heights = _apart([spot for spot, _, _ in spots], gap=0.075)
-    for height, (_, text, colour) in zip(heights, spots, strict=True):
-        axes.annotate(
-            text,
-            (1, height),
-            xycoords="axes fraction",
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=9.5,
-        )
-
-
-def _apart(spots: Sequence[float], gap: float) -> list[float]:
-    """Ascending ``spots`` moved to at least ``gap`` from each other, below 1 as long as there is room."""
-    heights: list[float] = []
-    for spot in spots:
-        heights.append(max(spot, heights[-1] + gap) if heights else spot)
-    ceiling = 1.0
-    for i in reversed(range(len(heights))):
-        heights[i] = min(heights[i], ceiling)
-        ceiling = heights[i] - gap
-    return heights

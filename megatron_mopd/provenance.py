@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from megatron_mopd.records import Policy, Provenance, Rollout, Sampling, ScoredRollout
 
@@ -35,6 +41,9 @@ class Scorers(Protocol):
     @property
     def temperature(self) -> float: ...
 
+    @property
+    def routing(self) -> Mapping[str, str]: ...  # domain -> teacher name
+
     def route(self, domain: str) -> str: ...
 
 
@@ -61,14 +70,50 @@ def sign(
     return dataclasses.replace(rollout, provenance=record, reward=reward)
 
 
-def scored_by(rollout: Rollout, teacher_id: str, nvfp4: tuple[str, ...] = ()) -> Rollout:
-    """The rollout with its scorer's checkpoint_id and what of it is in NVFP4; raises :class:`ProvenanceError` when
-    nobody signed the rollout."""
+def written_by(
+    rollout: Rollout, teacher: str, teacher_id: str, tokenizer: TextFormat, sampling: Sampling, seed: int, draw: int
+) -> Rollout:
+    """A completion that a teacher wrote itself (megatron_mopd.traces), with the record of it: the policy that sampled
+    it is the teacher's checkpoint as it is."""
+    signed = sign(rollout, Policy(run_id=teacher, step=0, initial_id=teacher_id), tokenizer, sampling, seed, draw)
+    assert signed.provenance is not None
+    return dataclasses.replace(signed, provenance=dataclasses.replace(signed.provenance, teacher_id=teacher_id))
+
+
+def routing_sha(routing: Mapping[str, str]) -> str:
+    """sha256 hex of a routing table, ``{domain: teacher}``."""
+    return hashlib.sha256(json.dumps(dict(routing), sort_keys=True).encode()).hexdigest()
+
+
+def tokens_sha(tokens: Tensor, completion: int) -> str:
+    """sha256 hex of a sequence, int64 ``[length]``, and of how many tokens at its end are the completion."""
+    content = tokens.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(completion.to_bytes(8, "little") + content).hexdigest()
+
+
+def scored_by(
+    rollout: Rollout,
+    teacher_id: str,
+    nvfp4: tuple[str, ...] = (),
+    routing: Mapping[str, str] | None = None,
+    scored_sha: str | None = None,
+) -> Rollout:
+    """The rollout with its scorer's checkpoint_id, what of it is in NVFP4, the hash of the table that sent it there and
+    the :func:`tokens_sha` of the sequence that the scorer read (the rollout's own when left out).
+
+    Raises :class:`ProvenanceError` when nobody signed the rollout.
+    """
     if rollout.provenance is None:
         raise ProvenanceError(
             f"{_name(rollout)}: carries no record of who sampled it, so nothing says what its scores would mean"
         )
-    record = dataclasses.replace(rollout.provenance, teacher_id=teacher_id, teacher_nvfp4=nvfp4)
+    record = dataclasses.replace(
+        rollout.provenance,
+        teacher_id=teacher_id,
+        teacher_nvfp4=nvfp4,
+        routing_sha=None if routing is None else routing_sha(routing),
+        scored_sha=scored_sha or tokens_sha(rollout.tokens, len(rollout.completion)),
+    )
     return dataclasses.replace(rollout, provenance=record)
 
 
@@ -83,7 +128,9 @@ def check(
 
     A scored rollout must come from this run at most ``lag`` steps ago, be rendered with this tokenizer and template,
     and be scored by the teacher its domain is routed to, from the checkpoint that is loaded, at the temperature it
-    was sampled at. Raises :class:`ProvenanceError` naming the rollout, the record and what was expected.
+    was sampled at. A rollout that nobody scored and that names a teacher is a trace: that teacher's checkpoint must be
+    the one its domain is routed to. Raises :class:`ProvenanceError` naming the rollout, the record and what was
+    expected.
     """
     for item in rollouts:
         scorer = item.teacher if isinstance(item, ScoredRollout) else None
@@ -93,15 +140,35 @@ def check(
             if scorer is None:
                 continue
             raise ProvenanceError(f"{_name(rollout)}: scored by {scorer!r} but carries no record of who sampled it")
-        for what, found, expected in _facts(item, rollout, record, policy, tokenizer, scorers):
+        author = policy if scorer is not None or record.teacher_id is None else _writer(rollout, scorers)
+        for what, found, expected in _facts(item, rollout, record, author, tokenizer, scorers):
             if found != expected:
-                raise ProvenanceError(f"{_name(rollout)}: {what} is {found!r}, this run expects {expected!r}")
-        age = policy.step - record.policy.step
+                raise ProvenanceError(
+                    f"{_name(rollout)}: {what} is {found!r}, this run expects {expected!r}"
+                    f"{_explained(found, scorers)}; put back what was changed since the rollout was collected, or"
+                    " choose another run.dir for a new run"
+                )
+        age = author.step - record.policy.step
         if not 0 <= age <= lag:
             raise ProvenanceError(
-                f"{_name(rollout)}: sampled by the policy of step {record.policy.step}, updated at step {policy.step};"
+                f"{_name(rollout)}: sampled by the policy of step {record.policy.step}, updated at step {author.step};"
                 f" rollout.lag = {lag} allows ages 0 to {lag}"
             )
+        _check_steps(rollout, record.policy.step, policy.step)
+
+
+def _check_steps(rollout: Rollout, first: int, now: int) -> None:
+    """Refuse steps per token that a sampler which takes over newer weights on its way cannot have written."""
+    if rollout.policy_steps is None:
+        return
+    steps = rollout.policy_steps.tolist()
+    in_order = all(a <= b for a, b in itertools.pairwise(steps))
+    if len(steps) != len(rollout.completion) or not in_order or steps[:1] != [first] or steps[-1] > now:
+        raise ProvenanceError(
+            f"{_name(rollout)}: {len(rollout.completion)} tokens were drawn by the policies of steps {steps}; there"
+            f" must be one for each token, the first that of the record ({first}), none below the one before and none"
+            f" above the current step {now}"
+        )
 
 
 def _facts(
@@ -113,6 +180,7 @@ def _facts(
     scorers: Scorers | None,
 ) -> Iterable[tuple[str, Any, Any]]:
     yield "the sampling run", record.policy.run_id, policy.run_id
+    yield "the checkpoint the sampling run started from", record.policy.initial_id, policy.initial_id
     yield "the tokenizer", record.tokenizer_sha, tokenizer.tokenizer_sha
     yield "the chat template", record.template_sha, tokenizer.template_sha
     yield "the recorded domain", record.domain, rollout.prompt.domain
@@ -123,23 +191,99 @@ def _facts(
         yield "the scoring teacher", item.teacher, teacher
         yield f"the checkpoint of teacher {teacher!r}", record.teacher_id, scorers.ids[teacher]
         yield f"what teacher {teacher!r} keeps in NVFP4", record.teacher_nvfp4, scorers.nvfp4[teacher]
+        yield "the sha256 of the routing table", record.routing_sha, routing_sha(scorers.routing)
         yield "the sampling temperature", record.sampling.temperature, scorers.temperature
+        yield "the sha256 of the scored tokens", record.scored_sha, tokens_sha(rollout.tokens, len(rollout.completion))
         yield "the number of teacher log-probabilities", len(item.teacher_logprobs), len(rollout.completion)
 
 
-def check_manifest(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Refuse to resume from a checkpoint of something else: every entry of ``expected`` must be in ``found`` unchanged.
+def _writer(rollout: Rollout, scorers: Scorers | None) -> Policy:
+    """The policy that a trace must come from."""
+    if scorers is None:
+        raise ProvenanceError(f"{_name(rollout)}: was written by a teacher, but this run has no teachers")
+    teacher = scorers.route(rollout.prompt.domain)
+    return Policy(run_id=teacher, step=0, initial_id=scorers.ids[teacher])
 
-    Raises :class:`ProvenanceError` naming the entry, both values and the way out.
+
+def check_manifest(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Refuse to go on from a checkpoint of something else: every entry of ``expected`` must be in ``found`` unchanged.
+
+    Raises :class:`ProvenanceError` naming what differs on both sides, teachers by name and checkpoint_id, and the way
+    out.
     """
     for key, value in expected.items():
         if key not in found:
             raise ProvenanceError(f"{where}: its manifest says nothing of {key}; it was not written by this program")
-        if found[key] != value:
+        if found[key] == value:
+            continue
+        if key == "teachers":
             raise ProvenanceError(
-                f"{where}: was written with {key} = {found[key]!r}, this configuration has {value!r};"
-                " put the setting back, or choose another run.dir for a new run"
+                f"{where}: {'; '.join(teacher_differences(found[key] or {}, value or {}))}. Put the teachers back as"
+                " they were, or choose another run.dir for a new run"
             )
+        if key in _TEXT:
+            raise ProvenanceError(
+                f"{where}: was written with {_TEXT[key]} {_short(found[key])} ({key}), this configuration has"
+                f" {_short(value)}, under which its weights would read other text; name the tokenizer it was written"
+                " with under tokenizer, or another checkpoint or run.dir"
+            )
+        raise ProvenanceError(
+            f"{where}: was written with {key} = {found[key]!r}, this configuration has {value!r};"
+            " put the setting back, or choose another run.dir for a new run"
+        )
+
+
+_TEXT = {"tokenizer_sha": "the tokenizer", "template_sha": "the chat template"}
+
+
+def teacher_differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """How the teachers of a run, ``{name: {"checkpoint_id", "domains", "nvfp4"}}``, differ from those that it recorded:
+    one sentence each, naming both sides."""
+    before = {name: teacher["checkpoint_id"] for name, teacher in recorded.items()}
+    now = {name: teacher["checkpoint_id"] for name, teacher in found.items()}
+    sentences: list[str] = []
+    explained: set[str] = set()
+    for name in (name for name in before if name not in now):
+        renamed = [other for other in now if other not in before and now[other] == before[name]]
+        what = f"teacher {name!r} (checkpoint {_short(before[name])})"
+        sentences.append(
+            f"{what} is called {renamed[0]!r} now, with the same checkpoint" if renamed else f"{what} is there no more"
+        )
+        explained |= {name, *renamed}
+    for name in (name for name in now if name not in before and name not in explained):
+        sentences.append(f"teacher {name!r} (checkpoint {_short(now[name])}) is new")
+    for name in before:
+        if name not in now or before[name] == now[name] or name in explained:
+            continue
+        text = f"teacher {name!r} was checkpoint {_short(before[name])} and is {_short(now[name])} now"
+        swapped = [n for n in before if n in now and now[n] == before[name] and before[n] == now[name] != now[n]]
+        if swapped:
+            other = swapped[0]
+            text += f", teacher {other!r} was {_short(before[other])} and is {_short(now[other])}: it looks as if the"
+            text += f" directories of {name!r} and {other!r} (teachers.{name}.checkpoint, teachers.{other}.checkpoint)"
+            text += " were swapped"
+            explained.add(other)
+        else:
+            text += f": teachers.{name}.checkpoint was replaced by another checkpoint of that name"
+        sentences.append(text)
+    for name in (name for name in before if name in now):
+        for key in ("domains", "nvfp4"):
+            if recorded[name].get(key) != found[name].get(key):
+                sentences.append(
+                    f"teacher {name!r} ({_short(now[name])}) was recorded with {key} = {recorded[name].get(key)}, this"
+                    f" configuration has {found[name].get(key)}"
+                )
+    return sentences
+
+
+def _explained(found: Any, scorers: Scorers | None) -> str:
+    """Whose a checkpoint_id is, where it is a loaded teacher's."""
+    owners = [name for name, known in scorers.ids.items() if known == found] if scorers is not None else []
+    return f" ({_short(found)} is what teacher {owners[0]!r} has now)" if owners and isinstance(found, str) else ""
+
+
+def _short(identity: Any) -> str:
+    return identity[:12] if isinstance(identity, str) else repr(identity)
 
 
 def _name(rollout: Rollout) -> str:

@@ -48,6 +48,7 @@ class Policy:
 
     run_id: str
     step: int
+    initial_id: str | None = None  # checkpoint_id the run started from; None for weights drawn from run.seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +64,8 @@ class Provenance:
     seed: int
     draw: int = 0  # index of the collected batch in its run; with seed, prompt, sample and position it fixes the noise
     teacher_nvfp4: tuple[str, ...] = ()  # what the scoring teacher kept in NVFP4, sorted; the rest as its checkpoint
+    routing_sha: str | None = None  # of the table that sent the domain to its teacher; None before scoring
+    scored_sha: str | None = None  # of the tokens that the teacher read; None before scoring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +79,10 @@ class Rollout:
     behav_logprobs: Tensor | None = None  # fp32 [n] at the sampling temperature; None for dataset rows
     provenance: Provenance | None = None  # None for dataset rows
     reward: float | None = None  # the verifier's, when asked for
+    dropped: str | None = None  # the guard that keeps it out of the update it was collected for
+    policy_steps: Tensor | None = None
+    """int64 [n], never falling: the step of the policy that drew each token. None: provenance.policy drew them all;
+    with it provenance.policy is that of the first token."""
 
     @property
     def tokens(self) -> Tensor:
@@ -93,6 +100,18 @@ class ScoredRollout:
     teacher_hidden: NVFP4Tensor | None = None
     """[n, H] on the host: the teacher's final hidden states that predict the completion, for a teacher that keeps
     them; with its output weight they are its distribution over the whole vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdatedRollout:
+    """A rollout that met its update, with what the objective made of each of its tokens."""
+
+    item: ScoredRollout | Rollout
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of :class:`ObjectiveOutput`, fp32 [n] each; empty for a rollout that a guard kept from the update."""
+    dropped: str | None = None
+    """Why the whole rollout did not count: the guard that kept it out of the update, or ``sequence_error`` for
+    objective.sequence_error_threshold. Single tokens that did not count are in ``per_token["mask"]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

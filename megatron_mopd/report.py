@@ -6,76 +6,11 @@ the student was before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Z95 = 1.959963984540054  # 97.5% quantile of the normal distribution
-
-Interval = tuple[float, float]
-
-
-def wilson(correct: int, total: int, z: float = Z95) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927), 95% by default.
-
-    Raises ValueError unless ``0 <= correct <= total`` and ``total > 0``.
-    """
-    if not (0 <= correct <= total and total > 0):
-        raise ValueError(f"correct = {correct} of total = {total}: needs 0 <= correct <= total and total > 0")
-    rate, weight = correct / total, z * z / total
-    centre = (rate + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * math.sqrt(rate * (1 - rate) / total + weight / (4 * total))
-    # At the ends the exact bound is 0 or 1, which rounding misses.
-    return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Accuracy:
-    """Verified completions among all completions of one model on one domain."""
-
-    correct: int
-    total: int
-
-    @property
-    def rate(self) -> float:
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> Interval:
-        """Wilson's 95% interval of :attr:`rate`."""
-        return wilson(self.correct, self.total)
-
-
-def gain_interval(before: Accuracy, after: Accuracy) -> Interval:
-    """95% interval of ``after.rate - before.rate`` from the two Wilson intervals (Newcombe 1998, method 10).
-
-    The two are taken as independent samples; on the same prompts that errs on the wide side.
-    """
-    low_b, high_b = before.interval
-    low_a, high_a = after.interval
-    gain = after.rate - before.rate
-    below = math.hypot(after.rate - low_a, high_b - before.rate)
-    above = math.hypot(high_a - after.rate, before.rate - low_b)
-    return gain - below, gain + above
-
-
-def paired_interval(gained: int, lost: int, total: int, z: float = Z95) -> Interval:
-    """95% interval of ``(gained - lost) / total``, the change of accuracy on ``total`` prompts both models answered.
-
-    ``gained`` and ``lost`` count prompts that one alone got right. Half a prompt is added to each of the four cells
-    (Agresti and Min 2005), so that no change seen is no certainty. Raises ValueError for counts that cannot be.
-    """
-    if not (gained >= 0 <= lost and 0 < total >= gained + lost):
-        raise ValueError(f"gained = {gained}, lost = {lost} of total = {total}: needs counts that add up to the total")
-    up, down, count = gained + 0.5, lost + 0.5, total + 2
-    half = z * math.sqrt(up + down - (up - down) ** 2 / count) / count
-    return (up - down) / count - half, (up - down) / count + half
-
-
-def recovery(before: float, after: float, teacher: float) -> float | None:
-    """(after - before) / (teacher - before); None where the teacher is no better than before."""
-    return (after - before) / (teacher - before) if teacher > before else None
+from megatron_mopd.intervals import Accuracy, gain_interval, recovery
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,13 +153,13 @@ def to_markdown(report: Report, pictures: Mapping[str, str]) -> str:
         f"# {report.title}",
         "Greedy accuracy on held-out tasks with Wilson 95% intervals. Recovery is the share of the way from the student"
         " before to its teacher, in accuracy.",
-        _table(headings, recovered),
+        table(headings, recovered),
         "## Every model on every domain",
-        _table(["", *report.domains], matrix),
+        table(["", *report.domains], matrix),
         *_teachers_in_nvfp4(report),
         *[f"## {caption}\n\n![{caption}]({name})" for caption, name in pictures.items()],
         "## The run",
-        _table(["", ""], [["wall time", duration(report.wall_s)], *([k, str(v)] for k, v in _settings(report))]),
+        table(["", ""], [["wall time", duration(report.wall_s)], *([k, str(v)] for k, v in _settings(report))]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -249,7 +184,7 @@ def _teachers_in_nvfp4(report: Report) -> list[str]:
         "Errors are those of each teacher as it scores against the weights of its checkpoint, in nats over tokens of"
         " held-out rollouts; memory is that of its weights in bytes, over all ranks."
     )
-    return ["## Teachers in NVFP4", text, _table(headings, rows)]
+    return ["## Teachers in NVFP4", text, table(headings, rows)]
 
 
 def _digits(value: float | None) -> str:
@@ -268,7 +203,7 @@ def _settings(report: Report) -> list[tuple[str, Any]]:
     return [*report.parallel.items(), *report.versions.items()]
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     align = ["---", *["---:"] * (len(headings) - 1)]
     cells = [[cell.replace("|", "\\|") for cell in line] for line in [headings, align, *rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)

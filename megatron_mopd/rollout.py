@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,17 @@ COMPACT_BELOW = 0.75  # finished rows are dropped once fewer than this share go 
 Request = tuple[Prompt, int]  # a prompt and the number of the sample wanted
 
 
+class Refresh(Protocol):
+    """Newer weights for the model while it samples."""
+
+    step: int
+    """Of the policy whose weights the model holds."""
+
+    def __call__(self) -> bool:
+        """Take over the newest weights there are, and tell whether they are others; all ranks call it together."""
+        ...
+
+
 class Sampler:
     """Cached decoding over a (wrapped) model; its weights are read at each call, never copied."""
 
@@ -42,10 +53,16 @@ class Sampler:
         self.groups = groups
         self.max_sequence_length, self.prefill_tokens = max_sequence_length, prefill_tokens
         self.valid_vocab = valid_vocab or self.model.vocab_size
-        self.peers = _Peers(groups)
+        self.peers = Peers(groups)
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, seed: int, step: int, batch_size: int
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        seed: int,
+        step: int,
+        batch_size: int,
+        refresh: Refresh | None = None,
     ) -> list[Rollout]:
         """One rollout per request of this data-parallel rank, in the order of the requests; tensors on the host.
 
@@ -54,24 +71,29 @@ class Sampler:
         requests. Tensor and pipeline parallel ranks pass the same requests; ``batch_size`` sequences are decoded
         together. The last pipeline stage draws and tells the others.
 
+        ``refresh`` is asked for newer weights after each token. The caches are kept as the former ones made them (as in
+        the released configuration), and ``policy_steps`` of each rollout says which policy drew which token. All ranks
+        then run as many forwards as the one that needs most.
+
         Raises :class:`ConfigurationError` for a prompt that leaves no room in the context and for top-p below 1, and
         FloatingPointError when the model's logits are not finite.
         """
-        self._check(requests, sampling, batch_size)
+        self.check(requests, sampling, batch_size)
         # Neighbours of equal length waste no padding.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i][0].tokens))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         rollouts: dict[int, Rollout] = {}
-        with _sampling_mode(self.model):
+        peers = self.peers if refresh is None else Peers(self.groups, everyone=True)
+        with sampling_mode(self.model):
             draw = _Draw(self.model, self.groups, self.valid_vocab, sampling.temperature)
             decoder = Decoder(self.model, self.prefill_tokens)
-            (count,) = self.peers.most(len(batches))
+            (count,) = peers.most(len(batches))
             for chosen in batches + [[]] * (count - len(batches)):
-                batch = _Batch.of([requests[i] for i in chosen], sampling, self.max_sequence_length, seed, step, self)
-                rollouts |= zip(chosen, batch.run(decoder, draw, sampling), strict=True)
+                batch = Batch.of([requests[i] for i in chosen], sampling, self.max_sequence_length, seed, step, peers)
+                rollouts |= zip(chosen, batch.run(decoder, draw, sampling, refresh), strict=True)
         return [rollouts[i] for i in range(len(requests))]
 
-    def _check(self, requests: Sequence[Request], sampling: Sampling, batch_size: int) -> None:
+    def check(self, requests: Sequence[Request], sampling: Sampling, batch_size: int) -> None:
         if sampling.top_p < 1:
             raise ConfigurationError(
                 f"top_p = {sampling.top_p}: rollouts are drawn from the whole distribution, or their log-probabilities"
@@ -91,14 +113,16 @@ class Sampler:
                 )
 
 
-class _Peers:
+class Peers:
     """The ranks that must run the same forwards because an expert layer's collectives join them."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, everyone: bool = False) -> None:
         self.device = groups.device
         joined = groups.pg.tp_ep.size()  # ranks that hold the experts of one replica
         self.group: dist.ProcessGroup | None
-        if groups.tp_size % joined == 0:
+        if everyone:
+            self.group = groups.world
+        elif groups.tp_size % joined == 0:
             self.group = None  # within one tensor parallel group, whose ranks have the same requests
         else:
             self.group = groups.pg.tp_ep if joined % groups.tp_size == 0 else groups.world
@@ -117,10 +141,15 @@ class _Draw:
 
     def __init__(self, model: HybridModel, groups: Groups, valid_vocab: int, temperature: float) -> None:
         self.groups, self.temperature, self.head = groups, temperature, None
-        if groups.last_stage:
-            weight = model.output_layer.weight
+        self.model, self.valid_vocab = model, valid_vocab
+        self.reread()
+
+    def reread(self) -> None:
+        """Draw under the weights that the model holds now."""
+        if self.groups.last_stage:
+            weight = self.model.output_layer.weight
             assert weight is not None
-            self.head = Head(weight, groups.tp, valid_vocab)
+            self.head = Head(weight, self.groups.tp, self.valid_vocab)
 
     def __call__(self, hidden: Tensor | None, keys: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Tokens, int64 ``[b]``, and their fp32 log-probabilities, from ``hidden [b, H]`` of the last stage."""
@@ -138,7 +167,7 @@ class _Draw:
 
 
 @dataclass(kw_only=True)
-class _Batch:
+class Batch:
     """Rows decoded together; a slot is a row that still takes part in the forward."""
 
     requests: Sequence[Request]
@@ -150,14 +179,15 @@ class _Batch:
     logprobs: Tensor  # fp32 [new, b]
     counts: Tensor  # int64 [b], tokens of each row's completion
     stopped: Tensor  # bool [b], a stop token was drawn
-    peers: _Peers
+    steps: Tensor  # int64 [new], of the policy that drew a position's tokens
+    peers: Peers
 
     @classmethod
     def of(
-        cls, requests: Sequence[Request], sampling: Sampling, context: int, seed: int, step: int, sampler: Sampler
-    ) -> _Batch:
+        cls, requests: Sequence[Request], sampling: Sampling, context: int, seed: int, step: int, peers: Peers
+    ) -> Batch:
         """Pad to the shape that the peers agree on: mcore's allgather dispatcher gathers equal shapes."""
-        peers, device = sampler.peers, sampler.groups.device
+        device = peers.device
         sizes = [len(prompt.tokens) for prompt, _ in requests]
         room = [min(sampling.max_new_tokens, context - size) for size in sizes]
         rows, width, new = peers.most(max(len(requests), 1), max(sizes, default=1), max(room, default=1))
@@ -174,10 +204,11 @@ class _Batch:
             logprobs=torch.zeros(new, rows, device=device),
             counts=torch.zeros(rows, dtype=torch.int64, device=device),
             stopped=torch.zeros(rows, dtype=torch.bool, device=device),
+            steps=torch.zeros(new, dtype=torch.int64),
             peers=peers,
         )
 
-    def run(self, decoder: Decoder, draw: _Draw, sampling: Sampling) -> list[Rollout]:
+    def run(self, decoder: Decoder, draw: _Draw, sampling: Sampling, refresh: Refresh | None) -> list[Rollout]:
         """Decode until every row of every peer has stopped or reached its limit."""
         new, rows = self.tokens.shape
         stops = torch.tensor(sampling.stop_tokens, dtype=torch.int64, device=self.tokens.device)
@@ -186,6 +217,8 @@ class _Batch:
         hidden = decoder.prefill(self.prompts, self.lengths, new)
         for position in range(new):
             drawn, logprobs = draw(hidden, self.keys[slots], position)
+            if refresh is not None:
+                self.steps[position] = refresh.step
             # Finished rows write too: what lies beyond their count is never read.
             self.tokens[position, slots], self.logprobs[position, slots] = drawn, logprobs
             self.counts[slots] += alive
@@ -199,10 +232,13 @@ class _Batch:
                 kept = alive.long().argsort(descending=True, stable=True)[:left]
                 decoder.keep(kept)
                 slots, alive, drawn = slots[kept], alive[kept], drawn[kept]
+            if refresh is not None and refresh():
+                decoder.reread()
+                draw.reread()
             hidden = decoder.step(drawn)
-        return self._rollouts()
+        return self._rollouts(recorded=refresh is not None)
 
-    def _rollouts(self) -> list[Rollout]:
+    def _rollouts(self, recorded: bool) -> list[Rollout]:
         tokens, logprobs = self.tokens.t().cpu(), self.logprobs.t().cpu()
         ends = zip(self.counts.tolist(), self.stopped.tolist(), strict=True)
         rollouts = []
@@ -219,13 +255,14 @@ class _Batch:
                     completion=tokens[row, :count].clone(),
                     finish="stop" if stopped else "length",
                     behav_logprobs=behav,
+                    policy_steps=self.steps[:count].clone() if recorded else None,
                 )
             )
         return rollouts
 
 
 @contextmanager
-def _sampling_mode(model: HybridModel) -> Iterator[None]:
+def sampling_mode(model: HybridModel) -> Iterator[None]:
     """Eval mode without gradients and without sequence parallelism; every module's mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

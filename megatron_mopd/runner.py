@@ -10,91 +10,62 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_mopd import checkpoint, display, exchange, origins, parallel, presets, recipe_report
-from megatron_mopd.config import Config, ConfigurationError, Section, build_config
+from megatron_mopd import checkpoint, display, exchange, origins, parallel, presets, recipe_report, run_record
+from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.parallel import Groups
 from megatron_mopd.pattern import without_borders
+from megatron_mopd.preflight import stage as preflight
 from megatron_mopd.quantization import recipes
-from megatron_mopd.settings import explain, merge, overlay, read_yaml
+from megatron_mopd.recipe import anew, graph, graph_plot, quantize, report
+from megatron_mopd.recipe.schema import (
+    PREFLIGHT,
+    SKIPPED,
+    Recipe,
+    Stage,
+    decisions,
+    in_need,
+    load_recipe,
+    quantize_settings,
+    stage_config,
+)
 from megatron_mopd.train import leave, reported, run_stage
 from megatron_mopd.update import LogprobLoss
 
-
-class Stage(Section):
-    """One training stage: common settings plus its own, from another stage's weights, with other stages as teachers."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    initial: str | None = None
-    """Stage whose final weights this one starts from; random weights when left out."""
-    teachers: dict[str, list[str]] = {}
-    """Stage name -> domains it teaches."""
-    settings: dict[str, Any] = {}
+__all__ = ["Recipe", "Stage", "load_recipe", "run", "run_unless_finished", "stage_config"]
 
 
-class Recipe(Section):
-    """Stages over common settings; the last one may have earlier ones as teachers and is then reported on."""
+def run(recipe: Recipe, groups: Groups, until: str | None = None) -> dict[str, Config]:
+    """Run every stage that is not finished, in order up to ``until``; all are checked before the first is trained.
 
-    dir: Path
-    common: dict[str, Any] = {}
-    stages: list[Stage] = Field(min_length=1)
-
-
-def load_recipe(path: Path, overrides: list[str]) -> Recipe:
-    """Read a recipe; overrides apply to the common settings, to one stage as ``STAGE:key=value``, or ``dir=PATH``."""
-    try:
-        recipe = Recipe.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise ConfigurationError("\n".join(explain(e, str(path), Recipe) for e in error.errors())) from None
-    names = [stage.name for stage in recipe.stages]
-    for override in overrides:
-        if override.startswith("dir="):
-            recipe = recipe.model_copy(update={"dir": Path(override.removeprefix("dir="))})
-            continue
-        stage, colon, rest = override.partition(":")
-        if not (colon and stage in names):
-            recipe = recipe.model_copy(update={"common": merge(recipe.common, [override])})
-            continue
-        stages = [
-            s.model_copy(update={"settings": merge(s.settings, [rest])}) if s.name == stage else s
-            for s in recipe.stages
-        ]
-        recipe = recipe.model_copy(update={"stages": stages})
-    _check_order(recipe, path)
-    return recipe
-
-
-def stage_config(recipe: Recipe, stage: Stage) -> Config:
-    """The full configuration of one stage."""
-    ours: dict[str, Any] = {"run": {"dir": str(recipe.dir / stage.name)}}
-    if stage.initial is not None:
-        ours["model"] = {"initial": str(recipe.dir / stage.initial / "checkpoints")}
-    if stage.teachers:
-        ours["teachers"] = {
-            name: {"checkpoint": str(recipe.dir / name / "checkpoints"), "domains": domains}
-            for name, domains in stage.teachers.items()
-        }
-    return build_config(overlay(overlay(recipe.common, stage.settings), ours), origin=f"stage {stage.name!r}")
-
-
-def run(recipe: Recipe, groups: Groups) -> None:
-    """Run every stage that is not finished, in order; all are checked before the first is trained."""
+    Returns the stages' configurations by name, with what earlier stages decided. Raises :class:`ConfigurationError`
+    where a preflight stage refuses a teacher of a later stage, before anything is trained on it.
+    """
     configs: dict[str, Config] = {}
     for stage in recipe.stages:
-        written = {config.run.dir / "checkpoints": config.model for config in configs.values()}
-        configs[stage.name] = origins.resolved(stage_config(recipe, stage), written)
+        configs[stage.name] = _resolved(recipe, stage, configs)
     for name, config in configs.items():
         presets.check(config)
         if config.parallel != configs[recipe.stages[0].name].parallel:
             raise ConfigurationError(f"stage {name!r}: all stages run on one layout; set parallel under common")
-    for name, config in configs.items():
-        run_unless_finished(config, groups, title=name)
+    for stage in recipe.stages:
+        if not _skipped(recipe, stage, groups):
+            configs[stage.name] = _resolved(recipe, stage, configs)
+            _run_typed(recipe, stage, configs[stage.name], groups)
+        if groups.rank == 0:
+            graph.write(recipe)
+        if stage.name == until:
+            break
+    return configs
 
 
 def run_unless_finished(config: Config, groups: Groups, title: str, objective: LogprobLoss | None = None) -> None:
@@ -103,41 +74,133 @@ def run_unless_finished(config: Config, groups: Groups, title: str, objective: L
     The directory's ``stage.json`` says what it was started with, from its first moment.
     """
     config = exchange.prepare(config, groups)
-    marker, fingerprint = config.run.dir / "stage.json", _fingerprint(config)
+
+    def train() -> None:
+        run_stage(config, replace(groups, seed=config.run.seed), objective, title)
+
+    if not _once(config, _fingerprint(config), groups, title, train):
+        exchange.export(config, groups)
+
+
+def _run_typed(recipe: Recipe, stage: Stage, config: Config, groups: Groups) -> None:
+    """:func:`run_unless_finished` for a stage of any type."""
+    if stage.type == "train":
+        run_unless_finished(config, groups, title=stage.name)
+        return
+    config = exchange.prepare(config, groups)
+    seeded = replace(groups, seed=config.run.seed)
+    if stage.type == "preflight":
+        fingerprint = _fingerprint(config, stage.type)
+        work = partial(preflight.run_stage, config, seeded, stage.name)
+    else:
+        settings = quantize_settings(stage)
+        fingerprint = _fingerprint(config, stage.type, settings.model_dump(mode="json") | _rules(settings.recipe))
+        work = partial(quantize.run_stage, config, settings, seeded, stage.name)
+    _once(config, fingerprint, groups, stage.name, work)
+    if stage.type == "preflight":
+        _heed(recipe, stage, groups)
+
+
+def _once(config: Config, fingerprint: str, groups: Groups, title: str, work: Callable[[], Any]) -> bool:
+    """Do ``work`` unless ``config.run.dir`` says it is done; whether it was done now."""
+    marker = config.run.dir / "stage.json"
+    run_record.check_start(config, f"stage {title!r}: ")
     known = json.loads(marker.read_text()) if marker.exists() else None
     if known is not None and known["fingerprint"] != fingerprint:
         raise ConfigurationError(
             f"stage {title!r}: {config.run.dir} holds a run with other settings, start or teachers"
-            f" ({known['fingerprint'][:12]} there, {fingerprint[:12]} now); move it away or choose another dir"
+            f" ({known['fingerprint'][:12]} there, {fingerprint[:12]} now){run_record.explained(config)};"
+            f" put them back, move it away, as --from {title} does, or choose another dir"
         )
     torch.distributed.barrier(groups.world)  # nobody starts while a peer still reads
     if known is not None and known["finished"]:
         display.note(groups.rank, f"stage {title}: finished and unchanged, kept")
-        exchange.export(config, groups)
-        return
+        return False
     leave(marker, {"fingerprint": fingerprint, "finished": False}, groups)
-    run_stage(config, replace(groups, seed=config.run.seed), objective, title)
+    work()
     leave(marker, {"fingerprint": fingerprint, "finished": True}, groups)
     torch.distributed.barrier(groups.world)
+    return True
 
 
-def _fingerprint(config: Config) -> str:
+def _resolved(recipe: Recipe, stage: Stage, configs: Mapping[str, Config]) -> Config:
+    """A stage's configuration with its architectures spelled out, those of stages still to run included."""
+    earlier = recipe.names[: recipe.names.index(stage.name)]
+    written = {configs[name].run.dir / "checkpoints": configs[name].model for name in earlier}
+    return origins.resolved(stage_config(recipe, stage), written)
+
+
+def _skipped(recipe: Recipe, stage: Stage, groups: Groups) -> bool:
+    """Whether a warm-up is left out because its preflight found no teacher in need; says so on disk."""
+    needed = in_need(recipe, stage)
+    directory = recipe.dir / stage.name
+    torch.distributed.barrier(groups.world)  # nobody writes while a peer still reads
+    if needed is None or needed:
+        if groups.rank == 0:
+            (directory / SKIPPED).unlink(missing_ok=True)
+        torch.distributed.barrier(groups.world)
+        return False
+    if (directory / "stage.json").exists():
+        raise ConfigurationError(
+            f"stage {stage.name!r}: {directory} holds a warm-up and {stage.after!r} says no teacher needs one; run it"
+            f" anew (python -m megatron_mopd.recipe --from {stage.name}), which moves it away, or choose another dir"
+        )
+    why = {"after": stage.after, "initial": stage.initial, "decisions": decisions(recipe, stage.after or "")}
+    leave(directory / SKIPPED, why, groups)
+    torch.distributed.barrier(groups.world)
+    display.note(groups.rank, f"stage {stage.name}: skipped, {stage.after} finds no teacher that needs a warm-up")
+    return True
+
+
+def _heed(recipe: Recipe, stage: Stage, groups: Groups) -> None:
+    """Stop at a teacher that a preflight refuses and a later stage would learn from; say which warm-up is missing."""
+    found = decisions(recipe, stage.name) or {}
+    later = [s for s in recipe.stages[recipe.names.index(stage.name) + 1 :] if s.type == "train"]
+    entries = json.loads((recipe.dir / stage.name / PREFLIGHT).read_text())["teachers"]
+    for name, decision in found.items():
+        learners = [s.name for s in later if name in s.teachers]
+        why = "; ".join(entries[name]["reasons"])
+        if decision == "refuse" and learners:
+            raise ConfigurationError(
+                f"stage {stage.name!r} refuses the teacher {name!r} ({why}); {learners[0]!r} would learn from it,"
+                " and no stage after this one has: name another teacher, or change the thresholds under preflight and"
+                f" measure again (--from {stage.name})"
+            )
+        warm = [s.name for s in later if name in s.teachers and s.after == stage.name]
+        if decision == "warm_up" and learners and not warm:
+            display.note(groups.rank, f"stage {stage.name}: {name} needs a warm-up ({why}) and no stage gives one")
+
+
+def _rules(recipe: str) -> dict[str, Any]:
+    """What a table of formats says, whatever it is called."""
+    return {"recipe": [[rule.match, rule.format, rule.last_layers] for rule in recipes.load(recipe).rules]}
+
+
+def _fingerprint(config: Config, kind: str = "train", further: Mapping[str, Any] | None = None) -> str:
     """sha256 of everything a stage's result depends on; the layout counts only where students are compared to teachers.
 
-    So specialists serve runs on any layout, and a student's report speaks of the layout that made it.
+    So specialists serve runs on any layout, and a student's report speaks of the layout that made it. ``further`` is
+    what a stage of another ``kind`` depends on beside its configuration.
     """
-    beside = {"run": {"dir"}, "checkpoint": {"cache", "export"}, "teachers": True, "kernels": True}
+    beside: dict[str, Any] = {"run": {"dir"}, "checkpoint": {"cache", "export"}, "teachers": True, "kernels": True}
+    beside |= {"guards": {"teacher_timeout"}, "asynchrony": {"directory", "silence_s", "standstill_s"}}
+    if kind != "preflight":
+        beside["preflight"] = True
     tree = config.model_dump(mode="json", exclude=beside)
     if config.objective.type == "mopd" and config.kernels.update == "logits":
         tree["kernels"] = "logits"  # of rounded logits; all other forms give the same result
     tree["batching"].pop("micro_batch_size")
-    tree["rollout"].pop("prefill_tokens")
+    for beside_the_result in ("prefill_tokens", "shards"):
+        tree["rollout"].pop(beside_the_result)
+    if not config.guards.drops:  # else they decide what is learned from
+        tree.pop("guards")
+    if config.asynchrony.deterministic:  # all modes give the same bits
+        tree.pop("asynchrony")
     tree["model"]["pattern"] = without_borders(config.model.pattern)
     if config.quantization.train is None:
         tree.pop("quantization")
     else:
-        rules = recipes.load(config.quantization.train).rules
-        tree["quantization"]["train"] = [[rule.match, rule.format, rule.last_layers] for rule in rules]
+        tree["quantization"]["train"] = _rules(config.quantization.train)["recipe"]
     if not config.teachers:
         tree.pop("parallel")
     if start := tree["model"].pop("initial"):
@@ -149,41 +212,51 @@ def _fingerprint(config: Config) -> str:
         ]
         for name, t in config.teachers.items()
     }
+    if kind != "train":
+        tree[kind] = {**tree.get(kind, {}), **(further or {})}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _check_order(recipe: Recipe, path: Path) -> None:
-    seen: set[str] = set()
-    for stage in recipe.stages:
-        for needed in [*([stage.initial] if stage.initial else []), *stage.teachers]:
-            if needed not in seen:
-                raise ConfigurationError(
-                    f"{path}: stage {stage.name!r} needs {needed!r}, which is no earlier stage; earlier: {sorted(seen)}"
-                )
-        if stage.name in seen:
-            raise ConfigurationError(f"{path}: two stages are named {stage.name!r}; rename one")
-        seen.add(stage.name)
+def carry_out(recipe: Recipe, until: str | None = None) -> None:
+    """Run a recipe in the process group that torchrun announces, draw its graph and publish its report."""
+    if until is not None:
+        recipe.stage(until, "--until")
+    first, last = (stage_config(recipe, recipe.stages[i]) for i in (0, -1))
+    groups = parallel.initialize(first.parallel, first.run.seed)
+    with anew.alone(recipe.dir) if groups.rank == 0 else nullcontext():
+        configs = run(recipe, groups, until)
+        if groups.rank == 0:
+            graph_plot.save(graph.write(recipe), recipe.dir / graph.PICTURE)
+            whole = until is None or until == recipe.names[-1]
+            if not whole:
+                display.note(0, f"stopped after {until}, as asked")
+            if whole or recipe.report is not None:  # a report by roles says what is missing
+                _publish(recipe, configs, last)
 
 
+def _publish(recipe: Recipe, configs: Mapping[str, Config], last: Config) -> None:
+    """The report by roles, or on the last stage where the recipe names no roles."""
+    if recipe.report is not None:
+        report.publish(recipe, configs)
+    elif outside := sorted(last.teachers.keys() - set(recipe.names)):
+        display.note(
+            0,
+            f"no report on recovery: {', '.join(outside)} came as checkpoints and no stage measured their accuracy",
+        )
+    elif last.teachers and last.data.held_out:
+        recipe_report.publish(recipe.dir, recipe.names, last)
+
+
+@record
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m megatron_mopd.runner", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value")
-    arguments = parser.parse_args()
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    arguments = parser.parse_intermixed_args()
     display.setup_logging(int(os.environ.get("RANK", "0")))
     with reported():
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        first, last = (stage_config(recipe, recipe.stages[i]) for i in (0, -1))
-        groups = parallel.initialize(first.parallel, first.run.seed)
-        run(recipe, groups)
-        names = [stage.name for stage in recipe.stages]
-        if outside := sorted(last.teachers.keys() - set(names)):
-            display.note(
-                groups.rank,
-                f"no report on recovery: {', '.join(outside)} came as checkpoints and no stage measured their accuracy",
-            )
-        elif groups.rank == 0 and last.teachers and last.data.held_out:
-            recipe_report.publish(recipe.dir, names, last)
+        carry_out(load_recipe(arguments.recipe, arguments.overrides), arguments.until)
 
 
 if __name__ == "__main__":

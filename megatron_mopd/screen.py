@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_mopd import display, palette
-from megatron_mopd.report import Accuracy, Example, Interval, Report, duration, gain_interval, percent
+from megatron_mopd.intervals import Accuracy, Interval, gain_interval
+from megatron_mopd.report import Example, Report, duration, percent
 
 
 def show(report: Report, console: Console | None = None) -> None:

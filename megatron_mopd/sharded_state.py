@@ -23,7 +23,8 @@ from megatron_mopd.parallel import Groups
 def of(module: Any, optimizer: Any | None, groups: Groups, *, loading: bool = False) -> dict[str, Any]:
     """``{"model": ..., "optimizer": ...}`` as mcore shards it on this rank; a collective call with an optimizer.
 
-    Optimizer state is that of whole parameters (mcore's ``fully_reshardable`` form), so any layout can read it.
+    Optimizer state is that of whole parameters (mcore's ``fully_reshardable`` form), so any layout can read it; a
+    pipeline stage on which nothing is trained has none.
     """
     metadata = {
         "dp_cp_group": groups.pg.dp_cp,
@@ -33,7 +34,7 @@ def of(module: Any, optimizer: Any | None, groups: Groups, *, loading: bool = Fa
         "distrib_optim_fully_reshardable_mem_efficient": False,
     }
     model = module.sharded_state_dict(metadata=metadata)
-    if optimizer is None:
+    if optimizer is None or not _trained(module):
         return {"model": model}
     for part in _parts(optimizer):
         _check_dtypes(part)
@@ -86,7 +87,7 @@ class Request:
         absent = [name for name in outcome.missing_keys if not name.endswith("_extra_state")]
         if absent or outcome.unexpected_keys:
             raise RuntimeError(f"mcore's sharded names differ from the module's: {absent} {outcome.unexpected_keys}")
-        if optimizer is not None:
+        if optimizer is not None and _trained(module):
             assert step is not None
             _restore(optimizer, state["optimizer"], step)
 
@@ -145,6 +146,10 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], vocab_size: int | Non
 
 def _listed(items: list[str], limit: int = 5) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+
+
+def _trained(module: Any) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _parts(optimizer: Any) -> list[Any]:

@@ -18,7 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mopd import checkpoint, exchange, masks, pipeline, provenance, quantized_teachers, student
+from megatron_mopd import (
+    checkpoint,
+    exchange,
+    masks,
+    pipeline,
+    provenance,
+    quantized_teachers,
+    run_record,
+    student,
+    teacher_answers,
+    watchdog,
+)
 from megatron_mopd.config import Config, ConfigurationError, Model
 from megatron_mopd.conversion.model_settings import facts
 from megatron_mopd.parallel import Groups
@@ -46,7 +57,7 @@ class TeacherPool:
         config = exchange.prepare(config, groups)
         self.groups = groups
         self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
-        self.temperature = config.rollout.temperature
+        self.temperature, self.timeout = config.rollout.temperature, config.guards.teacher_timeout
         self.scorer = Scorer(
             groups=groups,
             parallel=config.parallel,
@@ -87,6 +98,15 @@ class TeacherPool:
             )
         return self._teacher_of[domain]
 
+    @property
+    def routing(self) -> Mapping[str, str]:
+        """The table that :meth:`route` reads, ``{domain: teacher}``."""
+        return self._teacher_of
+
+    def serves(self, domain: str) -> bool:
+        """Whether a teacher scores this domain; held-out domains may have none."""
+        return domain in self._teacher_of
+
     def require(self, domains: Iterable[str]) -> None:
         """Check at start that every domain has a teacher; raises as :meth:`route`."""
         for domain in sorted(set(domains)):
@@ -98,32 +118,53 @@ class TeacherPool:
 
         This data-parallel rank's rollouts; their order is kept. Raises :class:`ConfigurationError` for an unknown
         domain, :class:`provenance.ProvenanceError` for an unsigned rollout and :class:`ScoringError` for NaN, an
-        infinity or a log-probability above 1e-4, naming teacher, prompt and position.
+        infinity or a log-probability above 1e-4, naming teacher, prompt and position, and for scores of
+        another sequence than was asked for. A teacher that does not return within guards.teacher_timeout ends the
+        process.
         """
         turns: dict[str, list[int]] = {name: [] for name in self.names}
         for index, rollout in enumerate(rollouts):
             turns[self.route(rollout.prompt.domain)].append(index)
         scored: dict[int, ScoredRollout] = {}
         for name, model, micro_batches in self.visits(rollouts, turns):
-            weight = self.packed_output_weight(name)
-            flat, hidden = (
-                quantized_teachers.score(self.scorer, model, micro_batches, weight)
-                if "hidden" in self.nvfp4[name]
-                else (self.scorer.logprobs(model, micro_batches, weight), None)
-            )
+            answer = self._answer(name, model, micro_batches)
             own = [rollouts[i] for i in turns[name]]
-            parts = flat.split([len(rollout.completion) for rollout in own])
+            shas = teacher_answers.check(name, own, answer)
+            parts = answer.logprobs.split([len(rollout.completion) for rollout in own])
             stop = 0
-            for index, rollout, logprobs in zip(turns[name], own, parts, strict=True):
+            for index, rollout, logprobs, sha in zip(turns[name], own, parts, shas, strict=True):
                 check_logprobs(logprobs, f"teacher {name!r}", f"prompt {rollout.prompt.id} ({rollout.prompt.domain})")
                 start, stop = stop, stop + len(logprobs)
+                hidden = answer.hidden
                 scored[index] = ScoredRollout(
-                    rollout=provenance.scored_by(rollout, self.ids[name], self.nvfp4[name]),
+                    rollout=provenance.scored_by(rollout, self.ids[name], self.nvfp4[name], self.routing, sha),
                     teacher=name,
                     teacher_logprobs=logprobs.clone(),
                     teacher_hidden=None if hidden is None else quantized_teachers.rows(hidden, start, stop),
                 )
         return [scored[index] for index in range(len(rollouts))]
+
+    def _answer(self, name: str, model: Any, micro_batches: Sequence[MicroBatch]) -> teacher_answers.Answer:
+        weight = self.packed_output_weight(name)
+        with self._watched(name):
+            flat, hidden = (
+                quantized_teachers.score(self.scorer, model, micro_batches, weight)
+                if "hidden" in self.nvfp4[name]
+                else (self.scorer.logprobs(model, micro_batches, weight), None)
+            )
+        return teacher_answers.Answer(logprobs=flat, hidden=hidden, shas=teacher_answers.read_of(micro_batches))
+
+    @contextmanager
+    def _watched(self, name: str) -> Iterator[None]:
+        """The block in which a teacher runs, within guards.teacher_timeout."""
+        message = (
+            f"teacher {name!r} ({self.ids[name][:12]}) has not answered rank {self.groups.rank} for"
+            f" {self.timeout:g} s (guards.teacher_timeout), so the run ends; where it stands is above. Start the same"
+            " command again: it goes on from the last checkpoint. Raise the setting if the teacher is only slow, or"
+            " lower rollout.prompts_per_step or batching.micro_batch_size"
+        )
+        with watchdog.watched(self.timeout, message):
+            yield
 
     @torch.no_grad()
     def reverse_kl(
@@ -144,7 +185,7 @@ class TeacherPool:
         sums = torch.zeros(len(turns), len(domains), 2, dtype=torch.float64, device=self.groups.device)
         was_training = model.training
         model.eval()
-        for name, mb, ours, theirs in self._pairs(model, rollouts, turns):
+        for name, mb, ours, theirs in self.pairs(model, rollouts, turns):
             kl = divergence("reverse_kl", Head(ours.hidden, ours.weight), theirs, **ours.options).value.double()
             of_row = torch.tensor([domains.index(d) if d else 0 for d in mb.domains])
             column = of_row[masks.segments(mb.cu_seqlens, len(mb.targets))].to(kl.device)
@@ -157,7 +198,7 @@ class TeacherPool:
             for name, row in zip(self.names, sums.tolist(), strict=True)
         }
 
-    def _pairs(
+    def pairs(
         self, model: Any, rollouts: Sequence[Rollout | ScoredRollout], turns: Mapping[str, list[int]]
     ) -> Iterator[tuple[str, MicroBatch, Predictions, Head]]:
         """Teacher by teacher, what the student and it predict, on the last pipeline stage; hidden states of as many
@@ -171,7 +212,8 @@ class TeacherPool:
             weight = self.packed_output_weight(name)
             for part in batched(micro_batches, self.groups.pp_size):
                 ours = self.predict(model, part)
-                theirs = self.predict(teacher, part, weight)
+                with self._watched(name):
+                    theirs = self.predict(teacher, part, weight)
                 for mb, p, q in zip(part, ours, theirs, strict=self.groups.last_stage):
                     yield name, mb, p, Head(q.hidden, q.weight)
         for name, turn in kept.items():
@@ -192,7 +234,7 @@ class TeacherPool:
         self, name: str, kept: Sequence[NVFP4Tensor | None], micro_batches: Sequence[MicroBatch]
     ) -> Iterator[Head]:
         """A teacher's distributions at the tokens of the micro-batches, from hidden states that rollouts carry."""
-        weight: Any = quantized_teachers.moved(self._output_weight(name), self.groups.device)
+        weight: Any = self.output_weight(name)
         hidden = quantized_teachers.joined([h for h in kept if h is not None], weight.shape[1])
         stop = 0
         for mb in micro_batches:
@@ -205,19 +247,19 @@ class TeacherPool:
         last one has them."""
         return isinstance(item, ScoredRollout) and item.teacher == name and "hidden" in self.nvfp4[name]
 
-    def _output_weight(self, name: str) -> Tensor | NVFP4Tensor:
-        """On the host; on the last pipeline stage."""
+    def output_weight(self, name: str) -> Tensor | NVFP4Tensor:
+        """A copy on the device, whichever teacher's weights the resident model holds; on the last pipeline stage."""
         stored = self.stored(name)[quantized_teachers.OUTPUT_WEIGHT]
         assert not isinstance(stored, tuple)
-        return stored
+        return quantized_teachers.moved(stored, self.groups.device)
 
     def packed_output_weight(self, name: str) -> NVFP4Tensor | None:
         """On the device, for a teacher that keeps it packed: the resident model has no place for it."""
         if "output_weight" not in self.nvfp4[name] or not self.groups.last_stage:
             return None
-        stored = self._output_weight(name)
-        assert isinstance(stored, NVFP4Tensor)
-        return quantized_teachers.moved(stored, self.groups.device)
+        weight = self.output_weight(name)
+        assert isinstance(weight, NVFP4Tensor)
+        return weight
 
     def stored(self, name: str) -> Mapping[str, quantized_teachers.Stored]:
         """What host memory holds of a teacher's parameters and buffers, by name."""
@@ -254,9 +296,9 @@ class TeacherPool:
         packed = {name: self.scorer.pack([rollouts[i] for i in turn]) for name, turn in turns.items()}
         for name in self.names:
             if micro_batches := self.scorer.even(packed[name]):
-                yield name, self._swap_in(name), micro_batches
+                yield name, self.swap_in(name), micro_batches
 
-    def _swap_in(self, name: str) -> Any:
+    def swap_in(self, name: str) -> Any:
         """The resident model of the teacher's architecture, holding its weights."""
         key, wanted = _architecture(self._models[name]), self._key(name)
         if self._present[key] != wanted:
@@ -300,6 +342,7 @@ def _check_manifest(name: str, config: Config, tokenizer: ChatTokenizer, vocab_s
         manifest = checkpoint.read_manifest(config.teachers[name].checkpoint)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from None
+    run_record.check_place(config.teachers[name].checkpoint, manifest, where)
     reads = {"tokenizer_sha": tokenizer.tokenizer_sha, "template_sha": tokenizer.template_sha, "vocab_size": vocab_size}
     for key, ours in reads.items():
         if key not in manifest:

@@ -9,80 +9,142 @@ import argparse
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd import display, exchange, origins, parallel, presets
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from megatron_mopd import (
+    checkpoint_directory,
+    display,
+    exchange,
+    failures,
+    origins,
+    parallel,
+    peak_memory,
+    presets,
+    run_record,
+)
+from megatron_mopd.asynchrony.signs import WorldError
 from megatron_mopd.checkpoint import CheckpointError
 from megatron_mopd.config import Config, ConfigurationError, load_config
-from megatron_mopd.files import atomically
+from megatron_mopd.files import WriteError, atomically
+from megatron_mopd.guards import GuardError
 from megatron_mopd.metrics import MetricsWriter
 from megatron_mopd.parallel import Groups
 from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.scoring import ScoringError
+from megatron_mopd.shards import ShardError
 from megatron_mopd.trainer import Trainer
 from megatron_mopd.update import LogprobLoss
 
 PACKAGES = ("megatron-mopd", "megatron-core", "torch", "triton", "transformers", "reasoning-gym", "numpy")
 """Packages whose versions a result names."""
 
+RUN_ERRORS = (
+    ConfigurationError,
+    ProvenanceError,
+    ScoringError,
+    GuardError,
+    CheckpointError,
+    WriteError,
+    ShardError,
+    FloatingPointError,
+    WorldError,
+)
+"""What ends a run in a line that says what to do."""
+
 
 def run_stage(config: Config, groups: Groups, objective: LogprobLoss | None = None, title: str | None = None) -> None:
     """Train to the last step (from a checkpoint where there is one) and leave what reports read in the run's directory.
 
-    ``before.json`` and ``result.json`` hold :meth:`Trainer.measure` before the first and after the last step, the
-    second also the evaluations on the way, the wall time, the layout and the packages' versions.
+    ``before.json`` and ``result.json`` hold :meth:`Trainer.measure` before the first and after the last step and the
+    seconds it took (of a stage that boosts MTP heads, :meth:`Trainer.measure_acceptance`, and both after it), the
+    second also the evaluations on the way, the wall time, the peak of memory (of the last process of a stage that was
+    stopped), the layout, the seed and the packages' versions.
     """
+    peak_memory.restart(groups.device)
     trainer = Trainer(config, groups, objective)
     resumed = trainer.resume()
     if trainer.step_index < config.run.steps:
         exchange.check_export(config, trainer.companions)
-    if trainer.teachers is not None and trainer.held_out and not resumed:
-        leave(config.run.dir / "before.json", trainer.measure(config.evaluation.final_samples), groups)
-    with (
-        MetricsWriter(
-            config.run.dir, enabled=groups.rank == 0, resume_step=trainer.step_index, run_id=config.run_id
-        ) as writer,
-        display.StageProgress(title or config.run_id, config.run.steps, enabled=groups.rank == 0) as progress,
-    ):
+    leave(config.run.dir / run_record.FILE, run_record.of(config, trainer.manifest()), groups)
+    with trainer.feed:  # which lives from now on for the worlds beside it, long before the first step
+        if trainer.held_out and not resumed:
+            before = _measured(trainer) if trainer.teachers is not None else trainer.measure_acceptance()
+            if before:
+                leave(config.run.dir / "before.json", before, groups)
+        with (
+            MetricsWriter(
+                config.run.dir, enabled=groups.rank == 0, resume_step=trainer.step_index, run_id=config.run_id
+            ) as writer,
+            display.StageProgress(title or config.run_id, config.run.steps, enabled=groups.rank == 0) as progress,
+        ):
 
-        def report(step: int, row: Mapping[str, float]) -> None:
-            writer.write(step, row)
-            progress.update(step, row)
+            def report(step: int, row: Mapping[str, float]) -> None:
+                writer.write(step, row)
+                progress.update(step, row)
 
-        trainer.run(report)
-    result = trainer.measure(config.evaluation.final_samples) if trainer.held_out else {}
+            trainer.run(report)
+    result = _measured(trainer) | trainer.measure_acceptance() if trainer.held_out else {}
     result |= trainer.measure_teachers(config.evaluation.samples) if trainer.held_out else {}
     result |= {"history": trainer.history, "wall_s": trainer.wall_s, "parallel": config.parallel.model_dump()}
-    result |= {"versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES}}
+    result |= {"seed": config.run.seed, "versions": versions()} | peak_memory.peak(groups)
+    result |= {"ended": _ended(config)}
     leave(config.run.dir / "result.json", result, groups)
     exchange.export(config, groups)
 
 
+def _ended(config: Config) -> dict[str, Any]:
+    """Whose weights the run left; :func:`run_record.check_place` holds its checkpoints to it."""
+    manifest = checkpoint_directory.read_manifest(config.run.dir / "checkpoints")
+    return {name: manifest[name] for name in ("run_id", "step", "checkpoint_id")}
+
+
+def _measured(trainer: Trainer) -> dict[str, Any]:
+    """What the weights are worth now, and ``measure_s``, the seconds it took to find out."""
+    start = time.perf_counter()
+    measured = trainer.measure(trainer.config.evaluation.final_samples)
+    return measured | {"measure_s": time.perf_counter() - start}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
 def leave(path: Path, tree: Mapping[str, Any], groups: Groups) -> None:
-    """Written whole or not at all, by the first rank."""
+    """Written whole or not at all, by the first rank; raises :class:`files.WriteError`."""
     if groups.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomically(path, lambda file: file.write_text(json.dumps(tree) + "\n"))
+        try:
+            atomically(path, lambda file: file.write_text(json.dumps(tree) + "\n"))
+        except OSError as error:
+            raise WriteError(path, "it", error) from None
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Errors that a user can act on end the program in a line instead of a traceback.
+    """Errors that a user can act on end the program in a line instead of a traceback, that of the first rank to fail.
 
     Process groups are taken down only after success: peers of a failed rank may be in a collective, and torchrun ends
     them.
     """
     try:
         yield
-    except (ConfigurationError, ProvenanceError, ScoringError, CheckpointError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except RUN_ERRORS as error:
+        failures.end(error)
+    except RuntimeError as error:
+        failures.wait_if_peers_are_lost(error)
+        raise
     parallel.destroy()
 
 
+@record
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m megatron_mopd.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", type=Path, help="YAML configuration")

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from megatron_mopd import (
     batch,
     checkpoint,
+    checkpoint_directory,
     companions,
     evaluation,
     exchange,
+    guards,
     metrics,
+    origins,
     presets,
     provenance,
+    run_record,
+    shards,
+    sources,
     student,
     teacher_precision,
 )
-from megatron_mopd.config import Config, ConfigurationError, Mopd
+from megatron_mopd.asynchrony.build import feed_of
+from megatron_mopd.config import Config, ConfigurationError, Mopd, MtpBoosting
 from megatron_mopd.objectives.cross_entropy import cross_entropy_loss
 from megatron_mopd.objectives.mopd import mopd_loss, mopd_objective, mopd_of_logits
 from megatron_mopd.objectives.outcome import group_advantages
@@ -31,8 +38,9 @@ from megatron_mopd.prompts import check_disjoint, load_prompts
 from megatron_mopd.records import MicroBatch, Policy, Prompt, Rollout, ScoredRollout
 from megatron_mopd.rollout import Sampler
 from megatron_mopd.sources import DatasetSource, RolloutSource
+from megatron_mopd.speculative import acceptance
 from megatron_mopd.teachers import TeacherPool
-from megatron_mopd.tokenizer import ChatTokenizer, build_tokenizer
+from megatron_mopd.tokenizer import build_tokenizer
 from megatron_mopd.update import Learner, LogprobLoss, Objective, StepOutput, of_logprobs
 
 log = logging.getLogger(__name__)
@@ -49,7 +57,7 @@ class Trainer:
         self._elapsed, self._started = 0.0, time.perf_counter()
         config = exchange.resolved(config, groups)
         self.tokenizer = build_tokenizer(config.tokenizer)
-        self.vocab_size = _vocab_size(config, self.tokenizer)  # before hours of conversion
+        self.vocab_size = origins.vocab_size(config.model, self.tokenizer.vocab_size)  # before hours of conversion
         config = exchange.prepare(config, groups)
         self.config, self.groups = config, groups
         precision = presets.resolve_precision(config.run.precision, groups.device)
@@ -66,23 +74,23 @@ class Trainer:
             reads = {"tokenizer_sha": self.tokenizer.tokenizer_sha, "template_sha": self.tokenizer.template_sha}
             known = {key: value for key, value in reads.items() if key in manifest}  # other programs write none
             provenance.check_manifest(manifest, known, where=f"model.initial = {config.model.initial}")
+            run_record.check_place(config.model.initial, manifest, where=f"model.initial = {config.model.initial}")
         self.companions = companions.of_run(config.model, manifest, self.tokenizer, precision, groups)
         self.learner = Learner(model, config, groups, self.vocab_size, self.tokenizer.pad_token)
         self.sampler = Sampler(
             model, groups, config.model.max_sequence_length, self.vocab_size, config.rollout.prefill_tokens
         )
-        self.source: DatasetSource | RolloutSource = (
-            DatasetSource(config, groups, self.tokenizer)
-            if config.source.type == "dataset"
-            else RolloutSource(config, groups, self.tokenizer, self.sampler)
-        )
+        self.source = sources.of_stage(config, groups, self.tokenizer, self.sampler, self.teachers)
         check_disjoint(self.source.items, self.held_out)
         self._check_weights()
         if self.teachers is not None:
             self.teachers.require(item.domain for item in self.source.items if isinstance(item, Prompt))
-            self.teachers.require(prompt.domain for prompt in self.held_out)
         self.objective = self._objective() if objective is None else of_logprobs(objective)
-        self.in_flight: deque[list[ScoredRollout | Rollout]] = deque()
+        self.feed = feed_of(
+            config, groups, self.tokenizer, self.teachers, self.source, self.learner, self._score, self.manifest
+        )
+        self.guards = self._guards()
+        self.shards = shards.Shards(config, groups)
         self.step_index = 0
         self.history: list[dict[str, Any]] = []  # greedy evaluations while training
         self.times: dict[str, float] = {}
@@ -92,13 +100,27 @@ class Trainer:
         """Seconds spent on this stage, by earlier processes of it too."""
         return self._elapsed + time.perf_counter() - self._started
 
+    def _guards(self) -> guards.Guards:
+        config, weights = self.config, self.config.data.weights
+        watched: set[str] = set()
+        if config.source.type == "rollout":
+            watched = {item.domain for item in self.source.items if isinstance(item, Prompt)}
+        return guards.Guards(
+            config.guards,
+            sorted(domain for domain in watched if weights.get(domain, 1.0) > 0),
+            scored=isinstance(config.objective, Mopd),
+            group=self.groups.dp,
+            device=self.groups.device,
+            checkpoints=config.run.dir / "checkpoints",
+            speaks=self.groups.rank == 0,
+        )
+
     def _check_weights(self) -> None:
         present = sorted({(i if isinstance(i, Prompt) else i.prompt).domain for i in self.source.items})
-        for name in self.config.objective.domain_weights:
-            if name not in present:
-                raise ConfigurationError(
-                    f"objective.domain_weights.{name}: no such domain in data.train ({present}); correct the name"
-                )
+        weights, watched = self.config.objective.domain_weights, self.config.guards.domains
+        for setting in [f"objective.domain_weights.{n}" for n in weights] + [f"guards.domains.{n}" for n in watched]:
+            if setting.split(".", 2)[2] not in present:
+                raise ConfigurationError(f"{setting}: no such domain in data.train ({present}); correct the name")
 
     # ------------------------------------------------------------------ one step
 
@@ -106,24 +128,32 @@ class Trainer:
         """One collected batch, one update; returns the step's metrics, equal on all ranks."""
         self.times = {}
         with self._timed("collect"):
-            while len(self.in_flight) <= self._lag:
-                self.in_flight.append(self._score(self.source.draw(self.policy)))
-        rollouts = self.in_flight.popleft()
-        provenance.check(rollouts, self.policy, self._lag, self.tokenizer, self.teachers)
+            rollouts = self.feed.take(self.policy)
+        provenance.check(rollouts, self.policy, self.config.rollout.lag, self.tokenizer, self.teachers)
+        rollouts = self.guards.admit(rollouts, self.step_index + 1)
+        row, outputs = self.learn(rollouts)
+        self.shards.write(self.header, rollouts, outputs, row, self.learner.weights_sha)
+        return row | self.guards.review(row)
+
+    def learn(self, rollouts: Sequence[ScoredRollout | Rollout]) -> tuple[dict[str, float], list[StepOutput]]:
+        """The update of one step on this rank's checked rollouts; the step's metrics and what each optimizer step
+        left."""
         minibatches = self._minibatches(rollouts)
         with self._timed("update"):
             outputs = [self.learner.step(minibatch, self.objective) for minibatch in minibatches]
         self.step_index += 1
-        return self._measure(rollouts, outputs)
+        return self._measure(rollouts, outputs), outputs
 
     @property
     def policy(self) -> Policy:
         """Who the current weights are."""
-        return Policy(run_id=self.config.run_id, step=self.step_index)
+        return Policy(run_id=self.config.run_id, step=self.step_index, initial_id=self.initial_id)
 
-    @property
-    def _lag(self) -> int:
-        return self.config.rollout.lag if self.config.source.type == "rollout" else 0
+    def header(self) -> dict[str, Any]:
+        """What a shard of the last step says of it beside its rollouts: whose weights met the update, who taught."""
+        before = Policy(run_id=self.config.run_id, step=self.step_index - 1, initial_id=self.initial_id)
+        routing = dict(self.teachers.routing) if self.teachers is not None else {}
+        return {"step": self.step_index, "policy": asdict(before), "routing": routing} | self.manifest()
 
     def _score(self, rollouts: list[Rollout]) -> list[ScoredRollout | Rollout]:
         if not isinstance(self.config.objective, Mopd):
@@ -148,24 +178,26 @@ class Trainer:
                 i
                 for i in range(len(rollouts))
                 if (i // samples * self.groups.dp_size + self.groups.dp_rank) * parts // total == part
+                and guards.dropped(rollouts[i]) is None
             ]
-            packed.append(
-                batch.pack(
-                    [rollouts[i] for i in chosen],
-                    self.config.batching.micro_batch_size,
-                    self.tokenizer.pad_token,
-                    domain_weights=settings.domain_weights,
-                    outcome_advantages=None if outcome is None else [outcome[i] for i in chosen],
-                    length_multiple=self.groups.tp_size,
-                )
+            own = batch.pack(
+                [rollouts[i] for i in chosen],
+                self.config.batching.micro_batch_size,
+                self.tokenizer.pad_token,
+                domain_weights=settings.domain_weights,
+                outcome_advantages=None if outcome is None else [outcome[i] for i in chosen],
+                length_multiple=self.groups.tp_size,
             )
+            packed.append(own or [batch.empty(self.tokenizer.pad_token, self.groups.tp_size)])  # all may be dropped
         if isinstance(settings, Mopd) and parts > 1:
             # With one optimizer step per batch prox is the training forward itself and no extra forward runs.
             packed = [self.learner.with_prox(minibatch) for minibatch in packed]
         return packed
 
-    def _objective(self) -> Objective:
+    def _objective(self) -> Objective | None:
         settings = self.config.objective
+        if isinstance(settings, MtpBoosting):
+            return None
         if not isinstance(settings, Mopd):
             return of_logprobs(lambda logprobs, mb, counts: cross_entropy_loss(logprobs, mb, settings, counts))
         return {
@@ -205,11 +237,11 @@ class Trainer:
             if last or (settings.checkpoint.every and self.step_index % settings.checkpoint.every == 0):
                 self.save()
 
-    def accuracy(self, samples: int) -> dict[str, evaluation.Accuracy]:
-        """Greedy accuracy of the current weights on ``samples`` held-out prompts per domain."""
-        return evaluation.accuracy(
+    def answers(self, prompts: Sequence[Prompt]) -> dict[str, str]:
+        """What the current weights answer greedily; see :func:`evaluation.answers`."""
+        return evaluation.answers(
             self.sampler,
-            evaluation.held_out(self.held_out, samples),
+            prompts,
             self.tokenizer,
             self.groups,
             self.config.rollout.max_new_tokens,
@@ -217,20 +249,32 @@ class Trainer:
         )
 
     def measure(self, samples: int) -> dict[str, Any]:
-        """Greedy accuracy of the current weights and, with teachers, what they make of the rollouts; JSON values."""
-        result: dict[str, Any] = {"accuracy": evaluation.to_json(self.accuracy(samples))}
+        """Greedy answers of the current weights on ``samples`` held-out prompts per domain and, with teachers, what
+        they make of rollouts in the domains they serve; JSON values."""
+        prompts = evaluation.held_out(self.held_out, samples)
+        result = evaluation.result(self.answers(prompts), prompts)
         if self.teachers is None or not isinstance(self.source, RolloutSource):
+            return result
+        if not (served := [prompt for prompt in prompts if self.teachers.serves(prompt.domain)]):
             return result
         return result | evaluation.diagnose(
             self.sampler,
             self.teachers,
-            evaluation.held_out(self.held_out, samples),
+            served,
             self.tokenizer,
             self.groups,
             self.source.sampling,
             self.policy,
             self.config.evaluation.batch_size,
         )
+
+    def measure_acceptance(self) -> dict[str, Any]:
+        """What speculative decoding accepts, where the stage boosts the MTP heads; see :func:`acceptance.measure`."""
+        if not isinstance(self.config.objective, MtpBoosting) or not isinstance(self.source, RolloutSource):
+            return {}
+        prompts = evaluation.held_out(self.held_out, self.config.evaluation.samples)
+        size = self.config.evaluation.batch_size
+        return {"acceptance": acceptance.measure(self.sampler, prompts, self.source.sampling, self.groups, size)}
 
     def measure_teachers(self, samples: int) -> dict[str, Any]:
         """What teachers in NVFP4 cost and save on ``samples`` rollouts per domain of held-out prompts; JSON values,
@@ -239,7 +283,7 @@ class Trainer:
             return {}
         rollouts = evaluation.sample(
             self.sampler,
-            evaluation.held_out(self.held_out, samples),
+            [p for p in evaluation.held_out(self.held_out, samples) if self.teachers.serves(p.domain)],
             self.source.sampling,
             self.groups,
             self.config.evaluation.batch_size,
@@ -248,7 +292,8 @@ class Trainer:
 
     def _evaluate_on_the_way(self) -> dict[str, float]:
         with self._timed("evaluate"):
-            result = self.accuracy(self.config.evaluation.samples)
+            prompts = evaluation.held_out(self.held_out, self.config.evaluation.samples)
+            result = evaluation.counted(self.answers(prompts))
         self.history.append({"step": self.step_index, "accuracy": evaluation.to_json(result)})
         return {f"accuracy/{domain}": a.rate for domain, a in result.items()}
 
@@ -256,11 +301,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint from which :meth:`resume` goes on bit for bit, rollouts in flight included."""
+        self.feed.settle(self.policy)
         state = {
             "step": self.step_index,
             "source": self.source.state_dict(),
             "history": self.history,
             "schedule": self.learner.schedule.state_dict(),
+            "guards": self.guards.state_dict(),
             "wall_s": self.wall_s,
         }
         with self.learner.originals():
@@ -271,30 +318,33 @@ class Trainer:
                 self.learner.optimizer,
                 self.groups,
                 state=state,
-                rollouts=[list(rollouts) for rollouts in self.in_flight],
-                manifest=self._manifest() | self.companions.manifest,
+                rollouts=self.feed.in_flight,
+                manifest=self.manifest() | self.companions.manifest,
                 companions=self.companions.files,
                 keep=self.config.checkpoint.keep,
             )
 
-    def resume(self) -> bool:
-        """Load the newest complete checkpoint of this run, if there is one."""
+    def resume(self, step: int | None = None) -> bool:
+        """Load the newest complete checkpoint of this run (that of ``step`` where given), if there is one."""
         root = self.config.run.dir / "checkpoints"
+        root = root if step is None else checkpoint_directory.place(root, step)
         if checkpoint.latest(root) is None:
             return False
         with self.learner.originals():
             found = checkpoint.load(root, self.learner.model, self.learner.optimizer, self.groups)
-        provenance.check_manifest(found.manifest, self._manifest(), where=str(root))
+        provenance.check_manifest(found.manifest, self.manifest(), where=str(root))
         self.step_index = found.state["step"]
         self.source.load_state_dict(found.state["source"])
         self.history = found.state["history"]
         self.learner.schedule.load_state_dict(found.state["schedule"])
+        self.guards.load_state_dict(found.state["guards"])
         self._elapsed = found.state["wall_s"]
-        self.in_flight = deque(found.rollouts)
+        self.feed.in_flight.extend(found.rollouts)
         log.info("resumed %s at step %d", root, self.step_index)
         return True
 
-    def _manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
+        """What a checkpoint says of this run, and what one that it resumes must say."""
         return {
             "run_id": self.config.run_id,
             "initial_id": self.initial_id,
@@ -311,19 +361,3 @@ class Trainer:
             if self.teachers is not None
             else None,
         }
-
-
-def _vocab_size(config: Config, tokenizer: ChatTokenizer) -> int:
-    """Rows of the embedding that stand for tokens; a row without a token could be sampled and mean nothing."""
-    given = config.model.vocab_size
-    if given is not None and given != tokenizer.vocab_size:
-        raise ConfigurationError(
-            f"model.vocab_size = {given}{_whose(config)}, but the tokenizer has {tokenizer.vocab_size} tokens; name the"
-            " tokenizer of these weights under tokenizer (type huggingface and path), or leave the setting out for"
-            " weights that are drawn"
-        )
-    return tokenizer.vocab_size
-
-
-def _whose(config: Config) -> str:
-    return f", of {config.model.initial}" if config.model.initial else ""

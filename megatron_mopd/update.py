@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_mopd import batch as batches_of
-from megatron_mopd import fake_quantization, pipeline, student
-from megatron_mopd.config import Config, ConfigurationError
+from megatron_mopd import fake_quantization, identity, pipeline, student
+from megatron_mopd.boosting import Boosting
+from megatron_mopd.config import Config, ConfigurationError, MtpBoosting
 from megatron_mopd.objectives.mtp import mtp_cross_entropy
 from megatron_mopd.parallel import Groups
 from megatron_mopd.predictions import Predictions, check_impl
@@ -55,8 +57,10 @@ class Learner:
 
     def __init__(self, model: Any, config: Config, groups: Groups, vocab_size: int, pad_token: int) -> None:
         self.config, self.groups, self.vocab_size, self.pad_token = config, groups, vocab_size, pad_token
-        self.train_mtp = config.mtp.train and student.has_mtp(model)
-        if not self.train_mtp and student.has_mtp(model):
+        boosted = isinstance(config.objective, MtpBoosting)
+        self.boosting = Boosting(model, config, groups, vocab_size) if boosted else None
+        self.train_mtp = config.mtp.train and student.has_mtp(model) and not boosted
+        if not (self.train_mtp or boosted) and student.has_mtp(model):
             model.mtp.requires_grad_(False)
         if groups.last_stage:
             check_impl(config.kernels.impl, model.output_layer.weight, "the student")
@@ -78,6 +82,15 @@ class Learner:
     def originals(self) -> AbstractContextManager[None]:
         """Within the block the model holds the high-precision weights, which are what is stepped, saved and loaded."""
         return nullcontext() if self.quantization is None else self.quantization.originals()
+
+    def weights_sha(self) -> str:
+        """sha256 hex of the high-precision weights and buffers of all ranks; equal on all, comparable on one layout."""
+        with self.originals():
+            named = sorted([*self.module.named_parameters(), *self.module.named_buffers()], key=lambda pair: pair[0])
+            own = identity.combine(identity.digest(name, tensor) for name, tensor in named)
+        shares: list[Any] = [None] * self.groups.world_size
+        torch.distributed.all_gather_object(shares, own, group=self.groups.world)
+        return hashlib.sha256(" ".join(shares).encode()).hexdigest()
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """fp32 ``[T]`` of each: its completion tokens' log-probabilities at the sampling temperature, under the current
@@ -105,8 +118,10 @@ class Learner:
         torch.distributed.all_reduce(total, group=self.groups.dp)
         return Counts(tokens=int(total[0]), sequences=int(total[1]))
 
-    def step(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> StepOutput:
-        """Forward, backward and optimizer step over this rank's micro-batches; every rank calls it together."""
+    def step(self, micro_batches: Sequence[MicroBatch], objective: Objective | None) -> StepOutput:
+        """Forward, backward and optimizer step over this rank's micro-batches; every rank calls it together.
+
+        ``objective`` is None in MTP boosting alone, whose loss needs more of the model than predictions."""
         micro_batches = self._even(micro_batches)
         counts = self.counts(micro_batches)
         # What mcore's schedule multiplies the loss by: 1, unless optimizer.options set a loss scale.
@@ -114,9 +129,7 @@ class Learner:
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = pipeline.train(
-            self.model, micro_batches, lambda mb: self._loss(mb, objective, counts, grad_scale), self.groups
-        )
+        outputs = self._passes(micro_batches, objective, counts, grad_scale)
         lr = float(self.optimizer.param_groups[0]["lr"])
         with self.originals():
             success, grad_norm, _ = self.optimizer.step()
@@ -137,6 +150,22 @@ class Learner:
             mtp_grad_norm=float(self.optimizer.grad_norms_by_group.get("mtp", 0.0)),
             lr=lr,
             per_token=list(zip(micro_batches, per_token, strict=True)),
+        )
+
+    def _passes(
+        self, micro_batches: Sequence[MicroBatch], objective: Objective | None, counts: Counts, grad_scale: float
+    ) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
+        """Forward and backward of all micro-batches; the reports of :meth:`_loss`, on the last stage."""
+        if (objective is None) != (self.boosting is not None):
+            raise ValueError("Learner.step takes an objective, or None where objective.type is mtp_boosting")
+        if objective is not None:
+            return pipeline.train(
+                self.model, micro_batches, lambda mb: self._loss(mb, objective, counts, grad_scale), self.groups
+            )
+        assert self.boosting is not None
+        boost, done = self.boosting.loss, int(self.schedule.num_steps)
+        return pipeline.train_last(
+            self.model, micro_batches, lambda mb: boost(self.model, mb, counts, done), self.groups, grad_scale
         )
 
     def _even(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import pytest
 
@@ -27,10 +26,7 @@ def tool() -> ModuleType:
 
 
 def test_counts_what_changed_hands_domain_by_domain(tool: ModuleType) -> None:
-    prompts: Any = [SimpleNamespace(id=f"{d}{i}", domain=d) for d in ("a", "b") for i in range(4)]
-    before = {"a0": True, "a1": True, "a2": False, "a3": False} | {f"b{i}": True for i in range(4)}
-    after = {"a0": True, "a1": False, "a2": True, "a3": True} | {f"b{i}": True for i in range(4)}
-    tree = tool.compare(before, after, prompts)
+    tree = tool.compare({"a": "1100", "b": "1111"}, {"a": "1011", "b": "1111"})
     assert {key: tree["a"][key] for key in ("total", "before", "after", "gained", "lost")} == {
         "total": 4,
         "before": 2,

@@ -65,14 +65,17 @@ def _outside(constraint: Any) -> Any:
     return None
 
 
-def _rules() -> list[tuple[str, Any]]:
-    """(setting, refused value) for every bound and every closed list of values in the configuration."""
-    rules: list[tuple[str, Any]] = []
+def _rules() -> list[tuple[str, Any, str]]:
+    """(setting, refused value, override that makes its section the one in place) for every bound and every closed list
+    of values in the configuration."""
+    rules: list[tuple[str, Any, str]] = []
     for prefix, section in _all_sections():
         for name, field in section.model_fields.items():
-            rules += [(prefix + name, bad) for c in field.metadata if (bad := _outside(c)) is not None]
+            refused = [bad for c in field.metadata if (bad := _outside(c)) is not None]
             if Literal in map(get_origin, (field.annotation, *get_args(field.annotation))):
-                rules.append((prefix + name, "nonsense"))
+                refused.append("nonsense")
+            tag = "" if name == "type" or "type" not in section.model_fields else section.model_fields["type"].default
+            rules += [(prefix + name, bad, f"{prefix}type={tag}" if tag else "") for bad in refused]
     return rules
 
 
@@ -80,14 +83,14 @@ RULES = _rules()
 
 
 def test_the_list_of_rules_is_not_empty() -> None:
-    names = {name for name, _ in RULES}
+    names = {name for name, _, _ in RULES}
     assert len(RULES) > 40
-    assert {"run.steps", "objective.clip_low", "parallel.tensor", "model.preset", "teachers.math.domains"} <= names
+    assert {"run.steps", "objective.clip_low", "parallel.tensor", "model.preset", "source.per_domain"} <= names
 
 
-@pytest.mark.parametrize(("setting", "bad"), RULES, ids=[f"{name}={bad}" for name, bad in RULES])
-def test_every_bound_refuses_and_names_setting_and_value(setting: str, bad: Any) -> None:
-    said = _refusal(*([] if setting == "objective.type" else ["objective.type=mopd"]), f"{setting}={bad}")
+@pytest.mark.parametrize(("setting", "bad", "place"), RULES, ids=[f"{name}={bad}" for name, bad, _ in RULES])
+def test_every_bound_refuses_and_names_setting_and_value(setting: str, bad: Any, place: str) -> None:
+    said = _refusal(*([place] if place else []), f"{setting}={bad}")
     assert f"{setting}: " in said
     assert str(bad) in said
 

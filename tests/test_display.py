@@ -9,7 +9,8 @@ from rich.console import Console
 
 from megatron_mopd import display, palette, screen
 from megatron_mopd.display import StageProgress
-from megatron_mopd.report import Accuracy, Divergence, Example, Report
+from megatron_mopd.intervals import Accuracy
+from megatron_mopd.report import Divergence, Example, Report
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ OURS = sorted(path for folder in (*PACKAGES, "tools") for path in (ROOT / folder
 SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
 
 # Import with torch alone: they must be usable where Megatron-Core is not installed, and quick to test.
-WITHOUT_MEGATRON = ("records", "masks", "batch", "metrics", "predictions", "report", "presets")
+WITHOUT_MEGATRON = ("records", "masks", "batch", "metrics", "predictions", "report", "presets", "guards")
 # May construct an unpickler; everything else reads safetensors, JSON or `torch.load(weights_only=True)`.
 UNPICKLING = {"megatron_mopd/torch_dist.py"}
 
@@ -252,7 +252,9 @@ def test_commands_of_the_documents_exist(document: str) -> None:
         for word in re.findall(r"\bmake ([a-z][a-z0-9 -]*)", line):
             wrong += [f"make {w}" for w in word.split() if w not in words_of_make()]
         for module in re.findall(r"-m ((?:megatron_mopd|mopd_kernels)[\w.]*)", line):
-            wrong += [] if (ROOT / (module.replace(".", "/") + ".py")).is_file() else [f"-m {module}"]
+            place = ROOT / module.replace(".", "/")
+            there = place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
+            wrong += [] if there else [f"-m {module}"]
         for path in re.findall(r"(?<![\w/.])((?:examples|tools|tests)/[\w./-]+)", line):
             wrong += [] if (ROOT / path).exists() else [path]
     assert commands(document) and not wrong

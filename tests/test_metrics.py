@@ -125,6 +125,7 @@ def test_every_metric_name_is_made_once() -> None:
 def config(teachers: dict[str, list[str]], sources: list[str]) -> SimpleNamespace:
     train = [SimpleNamespace(type="jsonl" if s == "jsonl" else "reasoning_gym", domain=s) for s in sources]
     return SimpleNamespace(
+        source=SimpleNamespace(type="rollout"),
         teachers={name: SimpleNamespace(domains=domains) for name, domains in teachers.items()},
         data=SimpleNamespace(train=train),
     )

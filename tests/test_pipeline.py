@@ -351,7 +351,7 @@ def run_and_resume(root: Path, teachers: Path, layout: dict[str, int]) -> tuple[
     with pytest.raises(Killed):
         first.run(die)
     again = Trainer(other, parallel.initialize(other.parallel, 7))
-    assert again.resume() and again.step_index == 2 and len(again.in_flight) == 1
+    assert again.resume() and again.step_index == 2 and len(again.feed.in_flight) == 1
     again.run(lambda step, row: rows.append(untimed(row)))
     a, b = (dict(t.learner.module.named_parameters()) for t in (whole, again))
     masters = [[p for o in t.learner.optimizer.chained_optimizers for p in o.get_parameters()] for t in (whole, again)]

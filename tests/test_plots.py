@@ -10,8 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from megatron_mopd import palette, plots, rollout_plot
-from megatron_mopd.report import Accuracy, Divergence, Example, Report
+from megatron_mopd import palette, plot_parts, plots, rollout_plot
+from megatron_mopd.intervals import Accuracy
+from megatron_mopd.report import Divergence, Example, Report
 
 DOMAINS = ("reverse", "count", "sort")
 
@@ -120,7 +121,7 @@ def test_any_number_of_domains(count: int) -> None:
 
 @pytest.mark.parametrize("spots", [[0.5], [0.1, 0.11, 0.12], [0.97, 0.98, 0.99], [0.0, 0.9, 0.95, 1.0]])
 def test_labels_keep_their_distance(spots: list[float]) -> None:
-    moved = plots._apart(spots, gap=0.075)
+    moved = plot_parts.apart(spots, gap=0.075)
     assert all(b - a >= 0.075 - 1e-12 for a, b in itertools.pairwise(moved))
     assert moved[-1] <= 1.0
 

@@ -11,25 +11,30 @@ from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.records import Policy, Prompt, Rollout, Sampling, ScoredRollout
 
 TOKENIZER = SimpleNamespace(tokenizer_sha="tok", template_sha="tem")
-NOW = Policy(run_id="run", step=7)
+NOW = Policy(run_id="run", step=7, initial_id="id-0")
+ROUTING = {"spell": "speller", "count": "counter"}
 
 
 class Scorers:
     def __init__(self):
         self.ids, self.temperature = {"speller": "id-s", "counter": "id-c"}, 1.0
         self.nvfp4 = {"speller": (), "counter": ()}
+        self.routing = ROUTING
 
     def route(self, domain):
-        return {"spell": "speller", "count": "counter"}[domain]
+        return self.routing[domain]
 
 
 def scored(domain="spell", step=6, teacher="speller", teacher_id="id-s"):
     prompt = Prompt(id="abc", domain=domain, messages=(), tokens=(1, 2))
     rollout = Rollout(prompt=prompt, sample=3, completion=torch.tensor([4, 5]), finish="stop")
     sampling = Sampling(temperature=1.0, max_new_tokens=8, stop_tokens=(5,))
-    signed = provenance.sign(rollout, Policy(run_id="run", step=step), TOKENIZER, sampling, seed=42, draw=6)
+    policy = dataclasses.replace(NOW, step=step)
+    signed = provenance.sign(rollout, policy, TOKENIZER, sampling, seed=42, draw=6)
     return ScoredRollout(
-        rollout=provenance.scored_by(signed, teacher_id), teacher=teacher, teacher_logprobs=-torch.ones(2)
+        rollout=provenance.scored_by(signed, teacher_id, routing=ROUTING),
+        teacher=teacher,
+        teacher_logprobs=-torch.ones(2),
     )
 
 
@@ -51,7 +56,13 @@ def test_dataset_rows_pass_without_a_record():
 
 
 WRONG = {
+    "scores": (with_record(scored(), scored_sha="x"), "the sha256 of the scored tokens is 'x'"),
     "run": (with_record(scored(), policy=Policy(run_id="other", step=6)), "the sampling run is 'other', .* 'run'"),
+    "start": (
+        with_record(scored(), policy=Policy(run_id="run", step=6, initial_id="id-1")),
+        "the checkpoint the sampling run started from is 'id-1', .* 'id-0'",
+    ),
+    "routing": (with_record(scored(), routing_sha="7ab1e"), "the sha256 of the routing table is '7ab1e', .* '"),
     "tokenizer": (with_record(scored(), tokenizer_sha="kot"), "the tokenizer is 'kot', .* 'tok'"),
     "template": (with_record(scored(), template_sha="met"), "the chat template is 'met', .* 'tem'"),
     "domain": (with_record(scored(), domain="count"), "the recorded domain is 'count', .* 'spell'"),
@@ -86,10 +97,77 @@ def test_scores_need_a_record_and_a_pool():
         provenance.check([scored()], NOW, 1, TOKENIZER, None)
 
 
+def taught(checkpoint_id, *domains, **more):
+    return {"checkpoint_id": checkpoint_id, "domains": list(domains), **more}
+
+
 def test_a_manifest_must_hold_every_expected_entry():
-    expected = {"run_id": "run", "teachers": {"speller": "id-s"}}
+    expected = {"run_id": "run", "vocab_size": 7}
     provenance.check_manifest({**expected, "checkpoint_id": "x"}, expected, "ckpt")
-    with pytest.raises(ProvenanceError, match=r"ckpt: was written with teachers = \{\}, .*'id-s'.*run.dir"):
-        provenance.check_manifest({"run_id": "run", "teachers": {}}, expected, "ckpt")
-    with pytest.raises(ProvenanceError, match="says nothing of teachers"):
+    with pytest.raises(ProvenanceError, match=r"ckpt: was written with vocab_size = 8, .* has 7.*run.dir"):
+        provenance.check_manifest({"run_id": "run", "vocab_size": 8}, expected, "ckpt")
+    with pytest.raises(ProvenanceError, match="says nothing of vocab_size"):
         provenance.check_manifest({"run_id": "run"}, expected, "ckpt")
+    with pytest.raises(
+        ProvenanceError, match=r"ckpt: .* the chat template aaa \(template_sha\), .* has bbb.*tokenizer"
+    ):
+        provenance.check_manifest({"template_sha": "aaa"}, {"template_sha": "bbb"}, "ckpt")
+
+
+BEFORE = {"speller": taught("a" * 64, "spell"), "counter": taught("b" * 64, "count")}
+A, B, C = "a" * 12, "b" * 12, "c" * 12
+DIFFERENCES = {
+    "renamed": (
+        {"wizard": BEFORE["speller"], "counter": BEFORE["counter"]},
+        [f"teacher 'speller' (checkpoint {A}) is called 'wizard' now, with the same checkpoint"],
+    ),
+    "swapped": (
+        {"speller": taught("b" * 64, "spell"), "counter": taught("a" * 64, "count")},
+        [
+            f"teacher 'speller' was checkpoint {A} and is {B} now, teacher 'counter' was {B} and is {A}: it looks as if"
+            " the directories of 'speller' and 'counter' (teachers.speller.checkpoint, teachers.counter.checkpoint)"
+            " were swapped"
+        ],
+    ),
+    "replaced": (
+        {**BEFORE, "counter": taught("c" * 64, "count")},
+        [
+            f"teacher 'counter' was checkpoint {B} and is {C} now: teachers.counter.checkpoint was replaced by another"
+            " checkpoint of that name"
+        ],
+    ),
+    "gone_and_new": (
+        {"speller": BEFORE["speller"], "adder": taught("c" * 64, "count")},
+        [f"teacher 'counter' (checkpoint {B}) is there no more", f"teacher 'adder' (checkpoint {C}) is new"],
+    ),
+    "domains": (
+        {**BEFORE, "counter": taught("b" * 64, "count", "sum")},
+        [f"teacher 'counter' ({B}) was recorded with domains = ['count'], this configuration has ['count', 'sum']"],
+    ),
+    "precision": (
+        {**BEFORE, "counter": taught("b" * 64, "count", nvfp4=["experts"])},
+        [f"teacher 'counter' ({B}) was recorded with nvfp4 = None, this configuration has ['experts']"],
+    ),
+    "all": (
+        {},
+        [
+            f"teacher 'speller' (checkpoint {A}) is there no more",
+            f"teacher 'counter' (checkpoint {B}) is there no more",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_teachers_that_differ_are_named_one_by_one(name):
+    now, sentences = DIFFERENCES[name]
+    assert provenance.teacher_differences(BEFORE, now) == sentences
+    with pytest.raises(ProvenanceError) as refused:
+        provenance.check_manifest({"teachers": BEFORE}, {"teachers": now or None}, "ckpt")
+    assert str(refused.value).startswith(f"ckpt: {'; '.join(sentences)}. Put the teachers back")
+    assert not provenance.teacher_differences(BEFORE, BEFORE)
+
+
+def test_a_score_of_a_swapped_checkpoint_names_whose_it_is():
+    with pytest.raises(ProvenanceError, match=r"is 'id-c', .* 'id-s' \(id-c is what teacher 'counter' has now\)"):
+        provenance.check([scored(teacher_id="id-c")], NOW, 1, TOKENIZER, Scorers())

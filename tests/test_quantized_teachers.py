@@ -271,7 +271,7 @@ def test_kept_hidden_states_wait_in_a_checkpoint(root: Path, groups: Groups, tmp
     batch = pool.score(rollouts())
     tensors, records = in_flight.pack([batch, batch[:2]])
     (tmp_path / in_flight.TENSORS).write_bytes(tensors)
-    (tmp_path / in_flight.RECORDS).write_bytes(records)
+    (tmp_path / in_flight.RECORDS).write_bytes(in_flight.seal(tensors, records))
     for before, after in zip([*batch, *batch[:2]], chain.from_iterable(in_flight.unpack(tmp_path)), strict=True):
         assert isinstance(after, ScoredRollout)
         assert after.rollout.provenance == before.rollout.provenance

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mopd import plots, report, report_files
-from megatron_mopd.report import Accuracy, Divergence, Example, Report, gain_interval, recovery, wilson
+from megatron_mopd import intervals, plots, report, report_files
+from megatron_mopd.intervals import Accuracy, gain_interval, recovery, wilson
+from megatron_mopd.report import Divergence, Example, Report
 
 
 def acc(correct: int, total: int = 500) -> Accuracy:
@@ -185,15 +186,15 @@ def test_paired_interval_covers_the_change_it_is_about() -> None:
         held = 0
         for _ in range(400):
             draws = generator.choices((1, -1, 0), weights=(up, down, 1 - up - down), k=500)
-            low, high = report.paired_interval(draws.count(1), draws.count(-1), 500)
+            low, high = intervals.paired_interval(draws.count(1), draws.count(-1), 500)
             held += low <= up - down <= high
         assert 0.92 <= held / 400 <= 1.0, (up, down)
 
 
 def test_paired_interval_is_never_a_point_and_grows_narrow() -> None:
-    low, high = report.paired_interval(0, 0, 1000)
+    low, high = intervals.paired_interval(0, 0, 1000)
     assert -0.003 < low < 0 < high < 0.003
-    few, many = report.paired_interval(3, 1, 100), report.paired_interval(30, 10, 1000)
+    few, many = intervals.paired_interval(3, 1, 100), intervals.paired_interval(30, 10, 1000)
     assert many[1] - many[0] < few[1] - few[0]
     with pytest.raises(ValueError, match="gained = 8, lost = 3 of total = 10"):
-        report.paired_interval(8, 3, 10)
+        intervals.paired_interval(8, 3, 10)

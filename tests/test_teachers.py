@@ -144,8 +144,8 @@ def test_each_rollout_is_scored_by_its_domains_teacher(root, groups):
 
 def test_a_teacher_is_loaded_once_a_pass_in_the_order_of_the_configuration(root, groups, monkeypatch):
     pool, rollouts = pool_of(configuration(root), groups), make_rollouts()
-    turns, swap = [], pool._swap_in
-    monkeypatch.setattr(pool, "_swap_in", lambda name: turns.append(name) or swap(name))
+    turns, swap = [], pool.swap_in
+    monkeypatch.setattr(pool, "swap_in", lambda name: turns.append(name) or swap(name))
     pool.score(rollouts)
     pool.score([r for r in rollouts if r.prompt.domain == "count"])
     assert turns == ["wordy", "exact", "exact"]
@@ -169,7 +169,7 @@ def test_teachers_cost_no_device_memory_gradient_or_mtp_and_never_move(root, gro
     pool.reverse_kl(loaded(root / "a", groups, configuration(root)).train(), rollouts)
     assert host == {identity: digest(weights.values()) for identity, weights in pool._weights.items()}
     for name in pool.names:
-        resident = dict(pool._swap_in(name).named_buffers())
+        resident = dict(pool.swap_in(name).named_buffers())
         assert digest(resident[n] for n in biases) == digest(pool._weights[pool.ids[name]][n] for n in biases)
     assert all(p.grad is None for p in model.parameters())
     assert not any(item.teacher_logprobs.requires_grad for item in scored)

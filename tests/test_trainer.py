@@ -127,7 +127,7 @@ def run_and_resume(root: Path, mopd: dict[str, Any], name: str, layout: dict[str
     with pytest.raises(Killed):
         first.run(die)
     again = Trainer(configs[1], parallel.initialize(configs[1].parallel, 7))
-    assert again.resume() and again.step_index == 2 and len(again.in_flight) == 1
+    assert again.resume() and again.step_index == 2 and len(again.feed.in_flight) == 1
     again.run(lambda step, row: rows[1].append(untimed(row)))
     a, b = weights(whole), weights(again)
     return all(torch.equal(a[n], b[n]) for n in a), rows[0] == rows[1], rows[0]
@@ -351,7 +351,7 @@ def test_a_rollout_of_another_run_stops_the_step_before_the_update(school: Any, 
     _, mopd = school
     trainer = Trainer(build_config(tree(tmp_path / "run", **mopd)), groups)
     before = weights(trainer)
-    trainer.in_flight.append(trainer._score(trainer.source.draw(Policy(run_id="another", step=0))))
+    trainer.feed.in_flight.append(trainer._score(trainer.source.draw(Policy(run_id="another", step=0))))
     with pytest.raises(ProvenanceError, match="'another'"):
         trainer.step()
     assert all(torch.equal(before[n], p) for n, p in weights(trainer).items())
@@ -478,7 +478,7 @@ def test_one_forward_gives_the_gradient_of_the_two_forward_form_at_any_lag(
     plain = {"optimizer": {"distributed": False, "lr": 0.0, "clip_grad": 1e9}, "rollout": {"lag": 1}}
     trainer = Trainer(build_config(tree(tmp_path / "run", **overlay(mopd, plain))), groups)
     trainer.step()
-    (packed,) = trainer._minibatches(trainer.in_flight[0])
+    (packed,) = trainer._minibatches(trainer.feed.in_flight[0])
     trainer.learner.step(packed, trainer.objective)
     one = gradients(trainer)
     trainer.learner.step(trainer.learner.with_prox(packed), trainer.objective)

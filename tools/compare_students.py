@@ -13,34 +13,26 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from megatron_mopd import (
-    checkpoint,
+    answering,
     display,
     evaluation,
-    exchange,
-    origins,
+    intervals,
     parallel,
-    presets,
-    provenance,
     report,
-    student,
 )
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.data_config import ReasoningGymPrompts
 from megatron_mopd.files import atomically
-from megatron_mopd.parallel import Groups
 from megatron_mopd.prompts import load_prompts
-from megatron_mopd.records import Prompt, Sampling
-from megatron_mopd.rollout import Sampler
 from megatron_mopd.runner import load_recipe, stage_config
-from megatron_mopd.tokenizer import ChatTokenizer, build_tokenizer
+from megatron_mopd.tokenizer import build_tokenizer
 from megatron_mopd.train import reported
 
 
@@ -55,47 +47,19 @@ def with_samples(config: Config, samples: int) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"held_out": sources})})
 
 
-def answers(
-    path: Path, config: Config, prompts: Sequence[Prompt], tokenizer: ChatTokenizer, groups: Groups
-) -> dict[str, bool]:
-    """``{prompt id: whether the greedy answer is right}`` of the checkpoint at ``path``; equal on all ranks."""
-    model = config.model.model_copy(
-        update=dict.fromkeys(("preset", "pattern", "mamba_conv", "mamba_chunk")) | {"override": {}, "initial": path}
-    )
-    one = exchange.prepare(config.model_copy(update={"model": model, "teachers": {}}), groups)
-    precision = presets.resolve_precision(one.run.precision, groups.device)
-    built = student.build_model(one.model, one.parallel, groups, tokenizer.vocab_size, precision, mtp=False)
-    assert one.model.initial is not None
-    manifest = checkpoint.load_weights(one.model.initial, built, groups, tokenizer.vocab_size)
-    reads = {"tokenizer_sha": tokenizer.tokenizer_sha, "template_sha": tokenizer.template_sha}
-    provenance.check_manifest(manifest, {k: v for k, v in reads.items() if k in manifest}, where=str(path))
-    display.note(groups.rank, f"{path}: {origins.summary(one.model)}")
-    sampler = Sampler(built, groups, one.model.max_sequence_length, tokenizer.vocab_size, one.rollout.prefill_tokens)
-    greedy = Sampling(
-        temperature=0.0, max_new_tokens=one.rollout.max_new_tokens, stop_tokens=tuple(tokenizer.stop_tokens)
-    )
-    rollouts = evaluation.sample(sampler, prompts, greedy, groups, one.evaluation.batch_size)
-    shares: list[Any] = [None] * groups.dp_size
-    own = {rollout.prompt.id: evaluation.right(rollout, tokenizer) for rollout in rollouts}
-    torch.distributed.all_gather_object(shares, own, group=groups.dp)
-    return {name: verdict for share in shares for name, verdict in share.items()}
-
-
-def compare(before: Mapping[str, bool], after: Mapping[str, bool], prompts: Sequence[Prompt]) -> dict[str, Any]:
+def compare(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, Any]:
     """By domain: right answers of both, those gained and lost, and the change with its 95% interval."""
     tree: dict[str, Any] = {}
-    for domain in sorted({prompt.domain for prompt in prompts}):
-        names = [prompt.id for prompt in prompts if prompt.domain == domain]
-        gained = sum(after[name] and not before[name] for name in names)
-        lost = sum(before[name] and not after[name] for name in names)
-        low, high = report.paired_interval(gained, lost, len(names))
+    for domain, marks in before.items():
+        change = intervals.Change.of(marks, after[domain])
+        low, high = change.interval
         tree[domain] = {
-            "total": len(names),
-            "before": sum(before[name] for name in names),
-            "after": sum(after[name] for name in names),
-            "gained": gained,
-            "lost": lost,
-            "change": (gained - lost) / len(names),
+            "total": change.total,
+            "before": marks.count("1"),
+            "after": after[domain].count("1"),
+            "gained": change.gained,
+            "lost": change.lost,
+            "change": change.rate,
             "low": low,
             "high": high,
         }
@@ -141,9 +105,10 @@ def main() -> int:
         loaded = load_prompts(config.data.held_out, tokenizer, config.model.max_sequence_length, need_verifier=True)
         prompts = evaluation.held_out(loaded, arguments.samples)
         before, after = (
-            answers(path, config, prompts, tokenizer, groups) for path in (arguments.before, arguments.after)
+            answering.of_checkpoint(path, config, prompts, tokenizer, groups)
+            for path in (arguments.before, arguments.after)
         )
-        tree = compare(before, after, prompts)
+        tree = compare(before, after)
         worse = [domain for domain, row in tree.items() if 100 * row["low"] < -arguments.margin]
         if groups.rank == 0:
             show(tree)

@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from megatron_mopd import display, evaluation, parallel, presets, report
+from megatron_mopd import display, evaluation, intervals, parallel, presets, report
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.objectives.mopd import mopd_loss
 from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
@@ -95,8 +95,8 @@ def judge(recipe: Recipe, configs: Mapping[str, Config]) -> tuple[dict[str, Any]
             row = {
                 "before": accuracy[0].rate,
                 "after": accuracy[1].rate,
-                "gain_interval": report.gain_interval(*accuracy),
-                "recovery": report.recovery(accuracy[0].rate, accuracy[1].rate, goal.rate),
+                "gain_interval": intervals.gain_interval(*accuracy),
+                "recovery": intervals.recovery(accuracy[0].rate, accuracy[1].rate, goal.rate),
                 "given_teacher": given[domain],
                 "kl_fall_given": _fall(before, after, given[domain], domain),
                 "kl_fall_true": fall,

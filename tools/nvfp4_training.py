@@ -34,6 +34,7 @@ from megatron_mopd import (
     display,
     evaluation,
     fake_quantization,
+    intervals,
     origins,
     parallel,
     plots,
@@ -73,7 +74,7 @@ class Interval:
     def of(cls, values: Sequence[float]) -> Interval:
         mean = sum(values) / len(values)
         variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-        half = report.Z95 * math.sqrt(variance / len(values))
+        half = intervals.Z95 * math.sqrt(variance / len(values))
         return cls(mean=mean, low=mean - half, high=mean + half)
 
     def to_json(self) -> dict[str, float]:

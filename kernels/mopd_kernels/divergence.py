@@ -57,6 +57,9 @@ class Divergence(NamedTuple):
     )  # share of the support that is among the student's k likeliest; ties at the k-th place are in
     teacher_mass: Tensor | None  # probability of the support under the teacher
     student_mass: Tensor | None  # and under the student
+    shared_teacher_mass: Tensor | None  # the same two of those tokens of the support that overlap
+    shared_student_mass: Tensor | None
+    student_top_mass: Tensor | None  # probability of the student's own k likeliest under the student
 
 
 @untraced
@@ -113,7 +116,7 @@ class _Divergence(torch.autograd.Function):
             ctx.teacher, ctx.weight, ctx.version = type(teacher), weight, weight._version
         else:
             ctx.save_for_backward(d_hidden)
-        by_products = (whole.overlap, whole.teacher_mass, whole.student_mass)
+        by_products = whole[4:]  # the fields of Divergence after its value
         ctx.mark_non_differentiable(*(t for t in by_products if t is not None))
         return whole.value, *by_products
 

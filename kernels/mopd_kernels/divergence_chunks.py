@@ -52,6 +52,9 @@ class Rows(NamedTuple):
     overlap: Tensor | None
     teacher_mass: Tensor | None
     student_mass: Tensor | None
+    shared_teacher_mass: Tensor | None
+    shared_student_mass: Tensor | None
+    student_top_mass: Tensor | None
 
     @staticmethod
     def cat(chunks: Sequence[Rows]) -> Rows:
@@ -114,7 +117,7 @@ def _against_head(logits: Tensor, known: Tensor, problem: Problem) -> Rows:
         value, slope = problem.shard.gather(sums).sum(0).unbind()
     else:
         slope = torch.full_like(value, -1.0) if swap else value + 1
-    rows = Rows(value, student_lse, teacher_lse, slope, None, None, None)
+    rows = Rows(value, student_lse, teacher_lse, slope, *[None] * 6)
     if k is None:
         return rows
     top, at, own = joined[:, 3:].unflatten(1, (3, k)).transpose(0, 1).flatten(1, 2)  # [tp * k, n] each
@@ -133,17 +136,22 @@ def _against_top_k(logits: Tensor, known: TopK, problem: Problem) -> Rows:
     lse = joined[:, 0].logsumexp(0)
     at, log_q = joined[:, 1 : 1 + k].sum(0), known.logprobs.T
     value, slope = (x.sum(0) for x in terms(problem.kind, at / temperature - lse, log_q))
-    rows = Rows(value, lse, None, slope, None, None, None)
+    rows = Rows(value, lse, None, slope, *[None] * 6)
     return _with_by_products(rows, at, log_q, joined[:, 1 + k :].flatten(0, 1), temperature)
 
 
 def _with_by_products(rows: Rows, at: Tensor, log_q: Tensor, own: Tensor, temperature: float) -> Rows:
     """``at [k, n]``: the student's logits on the support; ``own [tp * k, n]``: its largest of each shard."""
-    threshold = own.topk(len(at), dim=0).values[-1]
+    top = own.topk(len(at), dim=0).values
+    shared = (at >= top[-1]).to(at.dtype)
+    q, p = log_q.exp(), (at / temperature - rows.student_lse).exp()
     return rows._replace(
-        overlap=(at >= threshold).to(at.dtype).mean(0),
-        teacher_mass=log_q.exp().sum(0),
-        student_mass=(at / temperature - rows.student_lse).exp().sum(0),
+        overlap=shared.mean(0),
+        teacher_mass=q.sum(0),
+        student_mass=p.sum(0),
+        shared_teacher_mass=(q * shared).sum(0),
+        shared_student_mass=(p * shared).sum(0),
+        student_top_mass=(top / temperature - rows.student_lse).exp().sum(0),
     )
 
 

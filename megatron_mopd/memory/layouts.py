@@ -193,7 +193,7 @@ def refusal(given: Plan, plans: Sequence[Plan]) -> str:
 def _batches(given: Plan, fewer: Plan) -> str:
     """The settings that let a rank decode more sequences together than fit, and their new value."""
     rows, sizes = fewer.config.rollout.batch_size, {}
-    if given.config.source.type == "rollout":
+    if given.config.source.type != "dataset":
         sizes["rollout.batch_size"] = given.config.rollout.batch_size
     if given.config.data.held_out:
         sizes["evaluation.batch_size"] = given.config.evaluation.batch_size

@@ -179,6 +179,8 @@ def rollout_rows(config: Config, machine: Machine) -> int:
     if config.source.type == "rollout":
         mine = math.ceil(config.rollout.prompts_per_step / ranks) * config.rollout.samples_per_prompt
         rows = min(config.rollout.batch_size, mine)
+    elif config.source.type == "traces":  # teachers write, before the first step
+        rows = min(config.rollout.batch_size, math.ceil(config.source.per_domain / ranks))
     if config.data.held_out:
         domains = len({d for teacher in config.teachers.values() for d in teacher.domains}) or 1
         mine = math.ceil(max(config.evaluation.samples, config.evaluation.final_samples) * domains / ranks)

@@ -1,0 +1,68 @@
+"""How the ranks of one world wait together for another: the first looks, all get the same answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_mopd.asynchrony.signs import Watch, WorldError
+from megatron_mopd.parallel import Groups
+
+PAUSE = 0.01
+"""Seconds between two looks."""
+CHECK = 0.25
+"""Seconds between two looks at the other worlds' signs of life."""
+ROUND = 10.0
+"""Seconds after which the first rank tells the others that there is nothing yet, long before a collective gives up."""
+
+
+def awaited[T](groups: Groups, look: Callable[[], T | None], watches: Sequence[Watch]) -> T:
+    """What ``look`` finds on the first rank, on all; every rank calls it.
+
+    Raises :class:`WorldError` on all ranks when ``look`` does or one of ``watches`` does.
+    """
+    for watch in watches:
+        watch.begin()
+    while True:
+        answer: list[Any] = [None, None]
+        if groups.rank == 0:
+            answer = _look(look, watches)
+        dist.broadcast_object_list(answer, src=0, group=groups.world)
+        found, problem = answer
+        if problem is not None:
+            raise WorldError(problem)
+        if found is not None:
+            return found
+
+
+def _look(look: Callable[[], Any], watches: Sequence[Watch]) -> list[Any]:
+    start = time.monotonic()
+    checked = start - CHECK
+    try:
+        while (now := time.monotonic()) - start < ROUND:
+            if (found := look()) is not None:
+                return [found, None]
+            if now - checked >= CHECK:
+                checked = now
+                for watch in watches:
+                    watch.check()
+            time.sleep(PAUSE)
+    except WorldError as error:
+        return [None, str(error)]
+    return [None, None]
+
+
+def on_first(groups: Groups, action: Callable[[], Any]) -> None:
+    """Run ``action`` on the first rank; a :class:`WorldError` of it is raised on all."""
+    problem: list[Any] = [None]
+    if groups.rank == 0:
+        try:
+            action()
+        except WorldError as error:
+            problem[0] = str(error)
+    dist.broadcast_object_list(problem, src=0, group=groups.world)
+    if problem[0] is not None:
+        raise WorldError(problem[0])

@@ -1,0 +1,91 @@
+"""Running stages anew without losing what they held, and one process at a time in a recipe's directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_mopd.config import ConfigurationError
+from megatron_mopd.recipe.schema import SET_ASIDE, Recipe
+
+logger = logging.getLogger(__name__)
+
+LOCK = "recipe.lock"
+PATIENCE = 10.0
+"""Seconds to wait for a process that is on its way out, such as the peers of a killed rank."""
+
+
+def dependents(recipe: Recipe, name: str) -> list[str]:
+    """``name`` and every stage that starts from, learns from or waits for one of these, in the recipe's order."""
+    found = {name}
+    for stage in recipe.stages:  # only earlier stages can be named, so one pass sees all
+        if found & {stage.initial, stage.after, *stage.teachers}:
+            found.add(stage.name)
+    return [other for other in recipe.names if other in found]
+
+
+def set_aside(recipe: Recipe, name: str) -> list[tuple[Path, Path]]:
+    """Move the directories of ``name`` and its dependents to ``set_aside/N``; returns (from, to) of each.
+
+    ``N`` counts from 1. The last stage goes first, so that an interrupted call leaves a recipe that is in order. Raises
+    :class:`ConfigurationError` for an unknown stage and while another process is at work in ``recipe.dir``.
+    """
+    recipe.stage(name, "--from")
+    there = [stage for stage in dependents(recipe, name) if (recipe.dir / stage).exists()]
+    if not there:
+        return []
+    with alone(recipe.dir):
+        root = recipe.dir / SET_ASIDE
+        root.mkdir(exist_ok=True)
+        taken = [int(path.name) for path in root.iterdir() if path.name.isdecimal()]
+        place = root / str(max(taken, default=0) + 1)
+        place.mkdir()
+        moved = [(recipe.dir / stage, place / stage) for stage in there]
+        for source, target in reversed(moved):
+            source.rename(target)
+    return moved
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Hold the lock of a recipe's directory, which the kernel frees when this process ends in whatever way.
+
+    Two runs would overwrite each other's checkpoints. Raises :class:`ConfigurationError` naming the process that holds
+    it. A file system without locks is said and used as it is.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _lock(descriptor, directory)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            raise ConfigurationError(
+                f"{directory}: {holder} is running stages there; wait for it, end it, or choose another dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            logger.warning("%s: its file system has no locks; start only one run there at a time", directory)
+            return None
