@@ -17,7 +17,7 @@ from megatron_mopd.config import ConfigurationError
 
 GRAPH = "graph.json"
 RESULTS = ("before.json", "preflight.json", "result.json")
-_CLOCK = re.compile(r"(^|\.)(\w+_s|time\w*|seconds|memory_bytes)(\.|$)|^ended\.run_id$")
+_CLOCK = re.compile(r"(^|\.)(\w+_s|time\w*|seconds|(device_)?memory_bytes)(\.|$)|^ended\.run_id$")
 _SHOWN = 4  # metrics of a step, values of a result
 
 

@@ -20,6 +20,7 @@ SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
 
 # Import with torch alone: they must be usable where Megatron-Core is not installed, and quick to test.
 WITHOUT_MEGATRON = ("records", "masks", "batch", "metrics", "predictions", "report", "presets", "guards")
+WITHOUT_MEGATRON += ("intervals", "shards", "recipe.report", "preflight.numbers")
 # May construct an unpickler; everything else reads safetensors, JSON or `torch.load(weights_only=True)`.
 UNPICKLING = {"megatron_mopd/torch_dist.py"}
 

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     first, *rest = (__doc__ or "").split("\n\n")
     name = "python -m megatron_mopd.recipe"
-    made = _Parser(prog=name, description=first, epilog=" ".join(rest), fromfile_prefix_chars="@")
+    made = _Parser(prog=name, description=first, epilog=" ".join(rest), fromfile_prefix_chars="@", allow_abbrev=False)
     made.add_argument("recipe", type=Path, metavar="CONFIG.yaml")
     made.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value")
     made.add_argument("--from", dest="anew", metavar="STAGE", help="run it and all that depend on it anew, once")

@@ -21,6 +21,8 @@ WARM_UP = 0.10
 6 for HLE."""
 ACCEPTANCE = 0.0
 """Gain of accepted tokens per verification that the interval must exceed."""
+SEEDS = 3
+"""Runs of boosting that its gain is to be judged over."""
 
 Status = Literal["held", "missed", "not measured"]
 
@@ -131,21 +133,27 @@ def _quantized(tree: Mapping[str, Any]) -> Promise:
 
 
 def _acceptance(tree: Mapping[str, Any]) -> Promise:
-    cases, absent = [], []
+    cases, few, short = [], [], []
     for draft, modes in (tree["acceptance"] or {}).items():
         for mode, row in modes.items():
             kind, gain = ("over seeds", row["seeds"]) if "seeds" in row else ("over prompts", row["gain"])
             what = f"{draft} {mode}".replace("_", " ")
+            if len(row.get("seeds", {}).get("values", ())) < SEEDS:
+                few.append(what)
             if gain["low"] is None:
-                absent.append(what)
+                short.append(what)
             else:
                 text = f"{gain['value']:+.3f} tokens {_bounds(gain, 1, '+.3f')} {kind}"
                 cases.append(Case(what=what, text=text, held=gain["low"] > ACCEPTANCE))
+    absent = (
+        _listed(short, "too few completions are long enough"),
+        _listed(few, f"fewer than {SEEDS} seeds (make recipe-ablations)"),
+    )
     return Promise(
         name="acceptance",
         rule="boosting lengthens what speculative decoding accepts: interval of the gain above 0",
         cases=tuple(cases),
-        absent=_listed(absent, "too few completions are long enough") if tree["acceptance"] else "no boosted stage",
+        absent="; ".join(filter(None, absent)) if tree["acceptance"] else "no boosted stage",
     )
 
 

@@ -171,8 +171,12 @@ def quantize_settings(stage: Stage) -> QuantizeSettings:
 
 
 def in_need(recipe: Recipe, stage: Stage) -> list[str] | None:
-    """The teachers a warm-up is for, by the decisions of its preflight; None for no warm-up, or before these."""
-    if stage.after is None or (found := decisions(recipe, stage.after)) is None:
+    """The teachers a warm-up is for, by the decisions of its preflight; None for no warm-up, or before these.
+
+    A preflight that did not meet all of the teachers was another one, which its own fingerprint will say.
+    """
+    found = None if stage.after is None else decisions(recipe, stage.after)
+    if found is None or not stage.teachers.keys() <= found.keys():
         return None
     return [name for name in stage.teachers if found[name] == "warm_up"]
 
