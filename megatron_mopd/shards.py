@@ -15,6 +15,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +118,9 @@ class Shards:
                 remove(self.directory, other)
 
     def _explain(self, step: int, error: OSError) -> str:
-        for file in files(self.directory, step):
-            file.unlink(missing_ok=True)
+        with suppress(OSError):  # the message must reach all ranks, whatever else the disk refuses
+            for file in files(self.directory, step):
+                file.unlink(missing_ok=True)
         saved = checkpoint_directory.latest(self.config.run.dir / "checkpoints")
         left = f"{saved} is untouched" if saved else "there is no checkpoint yet"
         free = shutil.disk_usage(self.directory if self.directory.is_dir() else Path(".")).free

@@ -173,8 +173,8 @@ def test_runs_of_a_recipe_leave_what_its_report_reads_and_go_on(tool: ModuleType
     result = tmp_path / "runs" / "expert" / "result.json"
 
     def teacher_is_right(count: int) -> None:
-        accuracy = {domain: {"correct": count, "total": 4} for domain in ("plain", "loud")}
-        result.write_text(json.dumps(json.loads(result.read_text()) | {"accuracy": accuracy}))
+        answers = dict.fromkeys(("plain", "loud"), "1" * count + "0" * (4 - count))
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"answers": answers}))
 
     teacher_is_right(0)
     with pytest.raises(ConfigurationError, match=r"no teacher of stage 'merge' .* is better than the student"):

@@ -22,6 +22,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ from torch import Tensor
 from megatron_mopd import batch, checkpoint, display, evaluation, intervals, parallel, plots, presets, provenance
 from megatron_mopd.config import Config, ConfigurationError, Mopd
 from megatron_mopd.files import atomically
+from megatron_mopd.guard_config import Guards
 from megatron_mopd.objectives.mopd import mopd_loss
 from megatron_mopd.palette import domain_colours
 from megatron_mopd.plot_parts import FAINT, INK, tidy
@@ -109,10 +111,9 @@ def configuration(recipe: Recipe, variant: Variant, options: argparse.Namespace)
         "evaluation": {"every": 0, "final_samples": options.samples},
         "checkpoint": {"every": 0, "export": "none"},
         "data": {"shuffle_seed": variant.seed},
-        "guards": {},
     }
-    settings = overlay(stage.settings, short) | {"guards": {}}
-    config = stage_config(recipe, stage.model_copy(update={"settings": settings}))
+    config = stage_config(recipe, stage.model_copy(update={"settings": overlay(stage.settings, short)}))
+    config = config.model_copy(update={"guards": Guards()})  # none may take old rollouts out of what is compared
     if not isinstance(config.objective, Mopd):
         raise ConfigurationError(f"--stage {stage.name}: its objective is {config.objective.type}; name a MOPD stage")
     if config.objective.minibatches > 1:
@@ -127,6 +128,8 @@ def run(config: Config, variant: Variant, groups: parallel.Groups, options: argp
     trainer = Trainer(config, groups, None if variant.corrected else uncorrected(settings))
     before = accuracy(trainer, options.samples)
     policies, middle = config.run.dir / "policies", options.steps // 2
+    if groups.rank == 0:
+        shutil.rmtree(policies, ignore_errors=True)  # of a run that was stopped
     wanted = {middle - variant.lag, middle} if variant.corrected and variant.lag else set()
     while trainer.step_index < options.steps:
         if trainer.step_index in wanted:
@@ -134,11 +137,7 @@ def run(config: Config, variant: Variant, groups: parallel.Groups, options: argp
             checkpoint.save(policies, trainer.step_index, model, None, groups, state={}, manifest=manifest, keep=2)
         trainer.step()
     after = accuracy(trainer, options.samples)
-    found: dict[str, Any] = {
-        "before": before,
-        "after": after,
-        "wall_s": trainer.wall_s,
-    }
+    found: dict[str, Any] = {"before": before, "after": after, "wall_s": trainer.wall_s}
     if variant.corrected:
         both = {True: 1.0, False: 1.0} if not wanted else cosines(trainer, policies, variant, middle, options.probe)
         found["cosine"] = {"corrected": both[True], "uncorrected": both[False]}
@@ -149,7 +148,7 @@ def accuracy(trainer: Trainer, samples: int) -> dict[str, float]:
     """Greedy, on the first ``samples`` held-out prompts of each domain that a teacher serves."""
     domains = {domain for teacher in trainer.config.teachers.values() for domain in teacher.domains}
     prompts = [p for p in evaluation.held_out(trainer.held_out, samples) if p.domain in domains]
-    return {domain: marks.count("1") / len(marks) for domain, marks in trainer.answers(prompts).items()}
+    return {domain: _share(marks) for domain, marks in trainer.answers(prompts).items()}
 
 
 def cosines(trainer: Trainer, policies: Path, variant: Variant, step: int, size: int) -> dict[bool, float]:
@@ -234,7 +233,7 @@ def gather(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """``staleness.json`` from what the runs left."""
     stage = recipe.stage(options.stage, "--stage")
     goals = {
-        domain: intervals.Accuracy(**_read(recipe.dir / name / "result.json")["accuracy"][domain]).rate
+        domain: _share(_read(recipe.dir / name / "result.json")["answers"][domain][: options.samples])
         for name, domains in stage.teachers.items()
         for domain in domains
     }
@@ -257,6 +256,11 @@ def gather(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         )
     named = ("stage", "steps", "prompts", "lr", "samples", "probe")
     return {"settings": {name: getattr(options, name) for name in named}, "teachers": goals, "runs": rows}
+
+
+def _share(marks: str) -> float:
+    """Of the same held-out prompts that :func:`accuracy` asks."""
+    return marks.count("1") / len(marks)
 
 
 def over_seeds(tree: Mapping[str, Any], lag: int, form: bool, what: str) -> list[float]:
@@ -362,6 +366,11 @@ def main() -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.stage is None:
             options.stage = recipe.report.iterations[0] if recipe.report else recipe.names[-1]
+        if 0 not in options.lags or options.steps < 2 * max(options.lags):
+            raise ConfigurationError(
+                f"--lags {options.lags} --steps {options.steps}: all ages are held against age 0, half-way through a"
+                " run; name 0 and take at least twice as many steps as the largest age"
+            )
         if options.share is not None:
             work(recipe, options)
             return 0

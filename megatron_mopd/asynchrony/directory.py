@@ -96,7 +96,10 @@ class Exchange:
     def draws(self, session: Session, kind: str) -> list[int]:
         """The batches that lie there, in order."""
         folder = self.folder(session) / kind
-        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+        try:
+            return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        except FileNotFoundError:  # not begun yet, or just ended
+            return []
 
     def write(self, session: Session, kind: str, draw: int, batch: Sequence[Item]) -> Path:
         """Publish a whole batch, in the order of the global batch; raises :class:`WorldError` on a full disk."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_mopd.asynchrony.signs import Watch, WorldError
+from megatron_mopd.config import ConfigurationError
 from megatron_mopd.parallel import Groups
 
 PAUSE = 0.01
@@ -50,18 +51,18 @@ def _look(look: Callable[[], Any], watches: Sequence[Watch]) -> list[Any]:
                 for watch in watches:
                     watch.check()
             time.sleep(PAUSE)
-    except WorldError as error:
+    except (WorldError, ConfigurationError, OSError) as error:  # all ranks must leave the wait together
         return [None, str(error)]
     return [None, None]
 
 
 def on_first(groups: Groups, action: Callable[[], Any]) -> None:
-    """Run ``action`` on the first rank; a :class:`WorldError` of it is raised on all."""
+    """Run ``action`` on the first rank; an error of it is raised on all as a :class:`WorldError`."""
     problem: list[Any] = [None]
     if groups.rank == 0:
         try:
             action()
-        except WorldError as error:
+        except (WorldError, ConfigurationError, OSError) as error:
             problem[0] = str(error)
     dist.broadcast_object_list(problem, src=0, group=groups.world)
     if problem[0] is not None:
