@@ -65,7 +65,7 @@ class MaskedGuard(Guard):
 
 class SilenceGuard(Guard):
     """Mean |teacher - student log-probability| over the domain's reference, and 0 where the teacher says nothing at all
-    (see megatron_mopd.guards); fires below. drop: the domain's rollouts."""
+    of the domain's rollouts (see megatron_mopd.guards); fires below. drop: the domain's rollouts."""
 
     threshold: float = Field(default=0.001, gt=0)
     patience: int = Field(default=10, ge=1)

@@ -34,8 +34,10 @@ class Measured:
 
     @property
     def mute(self) -> bool:
-        """Whether the teacher says nothing: no scored token, or one log-probability for all tokens (of two or more), or
-        the student's own back again."""
+        """Whether the teacher says nothing of rollouts that are there: no scored token, or one log-probability for all
+        tokens (of two or more), or the student's own back again."""
+        if not self.rollouts:
+            return False
         if self.gap is None or self.spread is None:
             return True
         return self.gap <= SAME or (self.spread <= SAME and self.rollouts * self.length >= 2)

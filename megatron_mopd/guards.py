@@ -2,14 +2,14 @@
 
 Before the update: ``length`` (mean completion length over the domain's reference), ``repetition`` (share of repeated
 tokens, see :mod:`megatron_mopd.guard_measures`), ``truncation`` (share of rollouts cut short) and ``silence`` (mean
-|teacher - behaviour log-probability| over its reference, and 0 where the teacher says nothing: no scored token of the
-domain, one log-probability for all tokens, or the student's own). After it: ``entropy`` (the student's, over its
-reference: exact where the objective measures it, else the mean -log p of the sampled tokens, which is what ``drop``
-always goes by since it acts before the update) and ``masked`` (share of tokens with m_t = 0).
+|teacher - behaviour log-probability| over its reference, and 0 where the teacher says nothing of rollouts that are
+there: no token of them was scored, one log-probability for all tokens, or the student's own). After it: ``entropy``
+(the student's, over its reference: exact where the objective measures it, else the mean -log p of the sampled tokens,
+which is what ``drop`` always goes by since it acts before the update) and ``masked`` (share of tokens with m_t = 0).
 
 All values are over all data-parallel ranks, so every rank decides alike. A reference is the mean of the first
-``reference_steps`` steps that measured the domain. A domain that a step did not measure keeps its count of steps,
-except under ``silence``, where nothing said is the fault.
+``reference_steps`` steps that measured the domain. A domain that a step did not measure, because no rollout of it was
+drawn, keeps its count of steps: such a step says nothing of the student there, and nothing of the teacher.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ BELOW = ("entropy", "silence")
 """Guards that fire when their value is below the threshold."""
 RELATIVE = ("length", "entropy", "silence")
 """Guards whose value is relative to a reference."""
+DRAWN = ("length", "repetition", "truncation", "entropy")
+"""Guards whose fault lies in the weights that drew the rollouts, and not in what scored or updated them."""
 NAMES = tuple(guard_config.GuardSet.model_fields)
 _SAYS: Mapping[str, tuple[str, str]] = {
     "length": ("completions are {value:.3g} times as long as at the reference", "an end token that is never drawn"),
@@ -52,7 +54,8 @@ _SAYS: Mapping[str, tuple[str, str]] = {
 
 
 class GuardError(RuntimeError):
-    """A guard ended the run; raised on all ranks alike, and before anything of the step is saved."""
+    """A guard ended the run; raised on all ranks alike, and before a checkpoint or a row of metrics has anything of the
+    step. Its rollouts are kept where ``rollout.shards`` keeps any, for inspection; a resumed run replaces them."""
 
 
 def dropped(item: Item) -> str | None:
@@ -78,8 +81,9 @@ class Guards:
     """The guards of one stage; every rank holds one and calls it alike, once before and once after each update.
 
     ``domains`` are those of the training data that are drawn at all; none for a stage that takes no rollouts, where
-    nothing is measured. ``scored``: whether teachers score; ``checkpoints``: where the run's lie; ``speaks``: whether
-    this rank says warnings.
+    nothing is measured. ``scored``: whether teachers score; ``lag``: age in steps, at most, of the weights that draw
+    the rollouts of an update (rollout.lag); ``checkpoints``: where the run's lie; ``speaks``: whether this rank says
+    warnings.
     """
 
     def __init__(
@@ -88,13 +92,15 @@ class Guards:
         domains: Sequence[str],
         *,
         scored: bool,
+        lag: int,
         group: dist.ProcessGroup | None,
         device: torch.device,
         checkpoints: Path,
         speaks: bool = True,
     ) -> None:
         self.settings, self.domains, self.scored = settings, tuple(domains), scored
-        self.group, self.device, self.checkpoints, self.speaks = group, device, checkpoints, speaks
+        self.lag, self.checkpoints = lag, checkpoints
+        self.group, self.device, self.speaks = group, device, speaks
         self.of = {domain: settings.of(domain) for domain in self.domains}
         self.tracks = {(name, domain): Track() for name in NAMES for domain in self.domains}
         self._step = 0
@@ -206,7 +212,7 @@ class Guards:
         text = what.format(value=value)
         if name == "silence" and found.mute:
             text = "its teacher says nothing: " + (
-                "no token of it was scored"
+                f"no token of its rollouts ({found.rollouts}) was scored"
                 if found.gap is None
                 else "its log-probabilities are the student's own"
                 if found.gap <= guard_measures.SAME
@@ -223,24 +229,41 @@ class Guards:
 
     def _stop(self, stops: Sequence[str | None]) -> None:
         if reasons := [reason for reason in stops if reason is not None]:
-            first = min(t.since for (name, d), t in self.tracks.items() if self._stopped(name, d))
-            raise GuardError(f"{'; '.join(reasons)}. {self._way_out(first)}")
+            stopped = [pair for pair in self.tracks if self._acts(*pair, "stop")]
+            raise GuardError(f"{'; '.join(reasons)}. {self._way_out(stopped)}")
 
-    def _stopped(self, name: str, domain: str) -> bool:
-        return self._guard(name, domain).action == "stop" and self._fires(name, domain)
+    def _acts(self, name: str, domain: str, action: str) -> bool:
+        return self._guard(name, domain).action == action and self._fires(name, domain)
 
-    def _way_out(self, since: int) -> str:
-        """Which checkpoint is good, and what to change."""
-        newest = checkpoint_directory.latest(self.checkpoints)
-        good = checkpoint_directory.before(self.checkpoints, since)
-        if newest is None:
+    def _suspect(self, name: str, domain: str) -> int:
+        """The first step whose weights are not to be trusted, the lowest it can be."""
+        since = self.tracks[name, domain].since
+        # The update that makes step s learns from what the weights of step s - 1 - lag drew (the first weights of the
+        # run while there are no older ones); where they drew badly it is they that went wrong.
+        return max(0, since - 1 - self.lag) if name in DRAWN else since
+
+    def _way_out(self, faults: Sequence[tuple[str, str]]) -> str:
+        """Which checkpoint is good after ``faults``, pairs of guard and domain, and what to change."""
+        bad = min(self._suspect(*fault) for fault in faults)
+        good = checkpoint_directory.before(self.checkpoints, bad)
+        newer = [step for step in checkpoint_directory.steps(self.checkpoints) if step >= bad]
+        away = ", ".join(checkpoint_directory.place(self.checkpoints, step).name for step in newer)
+        why = (
+            f"the weights of step {bad} and later ones may be at fault" if bad else "the first weights may be at fault"
+        )
+        if good is None and not newer:
             left = f"No checkpoint of this run was written yet in {self.checkpoints}"
         elif good is None:
-            left = f"The newest checkpoint, {newest}, is of a step since then, and none before it was kept"
-        elif good == newest:
+            left = (
+                f"{self.checkpoints} holds no good checkpoint of this run, for {why}: take {away} away and the same"
+                " command starts from its beginning (checkpoint.every and checkpoint.keep decide on how many there are)"
+            )
+        elif not newer:
             left = f"The last good checkpoint is {good}, from which the same command goes on"
         else:
-            left = f"The last good checkpoint is {good}; take {newest} away and the same command goes on from it"
+            left = (
+                f"The last good checkpoint is {good}, for {why}: take {away} away and the same command goes on from it"
+            )
         return (
             f"No checkpoint of this step is written. {left}. Remove the cause, or give the guard another threshold or"
             " patience, or the action drop or warn"
@@ -258,11 +281,11 @@ class Guards:
         *gone, kept = counts.tolist()
         self._row |= {f"guard/dropped/{domain}": n for domain, n in zip(self.domains, gone, strict=True)}
         if not kept and any(gone):
-            firing = {pair: t for pair, t in self.tracks.items() if self._fires(*pair)}
+            firing = [pair for pair in self.tracks if self._acts(*pair, "drop")]
             named = ", ".join(f"{name} of {domain}" for name, domain in sorted(firing))
             raise GuardError(
                 f"guards left none of the {sum(gone):.0f} rollouts of step {self._step} to learn from ({named})."
-                f" {self._way_out(min(t.since for t in firing.values()))}"
+                f" {self._way_out(firing)}"
             )
         return marked
 

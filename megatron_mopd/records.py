@@ -110,8 +110,9 @@ class UpdatedRollout:
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
     """Of :class:`ObjectiveOutput`, fp32 [n] each; empty for a rollout that a guard kept from the update."""
     dropped: str | None = None
-    """Why the whole rollout did not count: the guard that kept it out of the update, or ``sequence_error`` for
-    objective.sequence_error_threshold. Single tokens that did not count are in ``per_token["mask"]``."""
+    """Why the whole rollout did not count: the guard that kept it out of the update, ``sequence_error`` for
+    objective.sequence_error_threshold, or ``stopped`` where a guard ended the run before the update. Single tokens that
+    did not count are in ``per_token["mask"]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,6 +46,12 @@ def replay(config: Config, groups: Groups, step: int) -> Replay:
     root = config.run.dir / "checkpoints"
     directory = config.run.dir / shards.FOLDER
     shard = shards.read(directory, step)
+    if (why := shard.header.get("stopped")) is not None:
+        raise ConfigurationError(
+            f"{shard.path}: a guard stopped the run before the update of step {step}, so there is nothing to repeat;"
+            f" look at the rollouts with python tools/show_rollout.py {config.run.dir} --step {step}. The guard said:"
+            f" {why}"
+        )
     _check_layout(shard, config, groups)
     if step > 1 and step - 1 not in checkpoint_directory.steps(root):
         raise ConfigurationError(_no_checkpoint(root, directory, step))
@@ -60,7 +66,7 @@ def replay(config: Config, groups: Groups, step: int) -> Replay:
     rollouts = [kept.item for kept in own]
     provenance.check(rollouts, trainer.policy, config.rollout.lag, trainer.tokenizer, trainer.teachers)
     row, outputs = trainer.learn(rollouts)
-    provenance.check_manifest(shard.header, trainer.header(), where=str(shard.path))
+    provenance.check_manifest(shard.header, trainer.header(step), where=str(shard.path))
     again = shards.updated(rollouts, outputs, shards.threshold(config))
     found = [*_metrics(shard.header["metrics"], row), *_everywhere(_tokens(own, again), groups)]
     weights, different = _weights(trainer, shard, root)

@@ -69,6 +69,7 @@ def _provenance(header: Mapping[str, Any], views: Sequence[View]) -> list[tuple[
         }
     )
     rows += [("sampling", line) for line in sampling]
+    rows += [("stopped", header["stopped"])] if "stopped" in header else []
     rows += [
         ("objective", json.dumps(header["objective"])),
         ("layout", ", ".join(f"{name} {value}" for name, value in header["layout"].items())),

@@ -57,6 +57,8 @@ def of(kept: UpdatedRollout, decode: Callable[[Sequence[int]], str]) -> View:
     counts = kept.per_token.get("mask", torch.ones(len(completion))).tolist()
     if kept.dropped == shards.SEQUENCE_ERROR:
         reasons: list[str | None] = ["whole rollout dropped by objective.sequence_error_threshold"] * len(completion)
+    elif kept.dropped == shards.STOPPED:
+        reasons = ["a guard stopped the run before the update"] * len(completion)
     elif kept.dropped is not None:
         reasons = [f"whole rollout dropped by guard {kept.dropped}"] * len(completion)
     else:

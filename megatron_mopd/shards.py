@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 
 from megatron_mopd import checkpoint_directory, in_flight
 from megatron_mopd.config import Config, ConfigurationError
-from megatron_mopd.files import atomically
+from megatron_mopd.files import WriteError, atomically, free
 from megatron_mopd.metrics import untimed
 from megatron_mopd.records import Rollout, ScoredRollout, UpdatedRollout
 
@@ -38,6 +37,8 @@ FORMAT = 1
 FOLDER = "rollouts"
 SEQUENCE_ERROR = "sequence_error"
 """Reason of a rollout dropped by objective.sequence_error_threshold."""
+STOPPED = "stopped"
+"""Reason of all rollouts of a step that a guard stopped before its update; its header says why under the same name."""
 _HEADER = re.compile(r"step_(\d{7,})\.json")
 
 
@@ -52,7 +53,8 @@ class Shard:
     path: Path
     header: Mapping[str, Any]
     """``step``; ``policy`` (whose weights met the update), ``teachers``, ``routing``, tokenizer and template hashes as
-    in a checkpoint's manifest; ``layout``, ``objective`` and ``metrics`` of the step; ``weights_sha`` after it."""
+    in a checkpoint's manifest; ``layout``, ``objective`` and ``metrics`` of the step; ``weights_sha`` after it. Where a
+    guard stopped the run before the update, ``stopped`` says why and ``metrics`` is empty."""
     rollouts: list[UpdatedRollout]  # the global batch
 
 
@@ -63,6 +65,7 @@ class Shards:
         self.config, self.groups = config, groups
         self.directory = config.run.dir / FOLDER
         self.keep = config.rollout.shards if config.source.type == "rollout" else 0
+        self._step: int | None = None  # the last whose shard this process wrote, or whose place it cleared
 
     def write(
         self,
@@ -72,36 +75,72 @@ class Shards:
         row: Mapping[str, float],
         weights_sha: Callable[[], str],
     ) -> None:
-        """The shard of the step whose update has just been made; nothing where no shards are kept.
+        """The shard of the step whose update has just been made; none where no shards are kept.
 
         ``describe()`` gives the header, with ``step``. ``rollouts`` are this data-parallel rank's, ``outputs`` what the
         update gave for those that no guard dropped, ``row`` the step's metrics. Shards of this step and later ones, of
-        a future that was abandoned, go first; then those that ``rollout.shards`` does not keep. Raises
-        :class:`ShardError` on all ranks.
+        a future that was abandoned, go first, whether shards are kept now or not; then those that ``rollout.shards``
+        does not keep. Raises :class:`ShardError` on all ranks.
         """
         if not self.keep:
+            if self._step is None:  # what this process has not written itself can only be there once
+                step = describe()["step"]
+                self._on_first(step, self._clear)
+                self._step = step
             return
-        items = updated(rollouts, outputs, threshold(self.config))
-        header = describe()
-        step = header["step"]
         values = {name: float(value) for name, value in untimed(row).items()}
+        header = describe()
+        wanted = replayable(header["step"], self.config.checkpoint.every)
+        left = {
+            "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
+            "weights_sha": weights_sha() if wanted else None,
+        }
+        self._write({**header, **left}, updated(rollouts, outputs, threshold(self.config)))
+
+    def of_stop(self, describe: Callable[[], Mapping[str, Any]], rollouts: Sequence[in_flight.Item], why: str) -> str:
+        """Where the rollouts of a step that a guard stopped can be looked at, as a sentence equal on all ranks.
+
+        Where the guard spoke before the update, and the step has no shard yet, one without values per token is written
+        that says ``why``. What cannot be written becomes part of the sentence: the guard's own words matter more.
+        """
+        if not self.keep:
+            return "With rollout.shards = 1 or more the rollouts of such a step are kept to be looked at"
+        header = {**describe(), "metrics": {}, "weights_sha": None, STOPPED: why}
+        step = header["step"]
+        if self._step != step:
+            try:
+                self._write(header, [UpdatedRollout(item=_bare(item), dropped=STOPPED) for item in rollouts])
+            except ShardError as error:
+                return str(error)
+        run = self.config.run.dir
+        return f"Its rollouts are in {self.directory}: python tools/show_rollout.py {run} --step {step} shows them"
+
+    def _write(self, header: Mapping[str, Any], items: Sequence[UpdatedRollout]) -> None:
+        """One shard in place of what is there of its step and later ones."""
         full = {
             "format": FORMAT,
             **header,
             "objective": self.config.objective.model_dump(mode="json"),
             "layout": layout(self.config, self.groups),
-            "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
-            "weights_sha": weights_sha() if replayable(step, self.config.checkpoint.every) else None,
         }
         batches = in_flight.gather([items], self.groups)
+
+        def replace(step: int) -> None:
+            self._clear(step)
+            save(self.directory, step, full, batches[0])
+            self._prune(step)
+
+        self._on_first(header["step"], replace)
+        self._step = header["step"]
+
+    def _on_first(self, step: int, action: Callable[[int], None]) -> None:
+        """``action(step)`` by the first rank; raises :class:`ShardError` on all where the disk refuses."""
         problem: list[str | None] = [None]
         if self.groups.rank == 0:
             try:
-                self._clear(step)
-                save(self.directory, step, full, batches[0])
-                self._prune(step)
-            except OSError as error:
-                problem = [self._explain(step, error)]
+                action(step)
+            except (OSError, WriteError) as error:
+                problem = [self._explain(step, error.cause if isinstance(error, WriteError) else error)]
         dist.broadcast_object_list(problem, src=0, group=self.groups.world)
         if problem[0] is not None:
             raise ShardError(problem[0])
@@ -118,15 +157,19 @@ class Shards:
                 remove(self.directory, other)
 
     def _explain(self, step: int, error: OSError) -> str:
+        if not self.keep:
+            return (
+                f"{self.directory}: the rollouts of steps from {step} on, which this run makes anew, could not be"
+                f" removed: {type(error).__name__}: {error}; remove them, then start the same command again"
+            )
         with suppress(OSError):  # the message must reach all ranks, whatever else the disk refuses
             for file in files(self.directory, step):
                 file.unlink(missing_ok=True)
         saved = checkpoint_directory.latest(self.config.run.dir / "checkpoints")
         left = f"{saved} is untouched" if saved else "there is no checkpoint yet"
-        free = shutil.disk_usage(self.directory if self.directory.is_dir() else Path(".")).free
         return (
             f"{self.directory}: the rollouts of step {step} could not be written: {type(error).__name__}: {error};"
-            f" {left}, earlier steps' rollouts are whole. {free:,} bytes are free there; make room, or lower"
+            f" {left}, earlier steps' rollouts are whole. {free(self.directory)}; make room, or lower"
             f" rollout.shards = {self.keep} (0 keeps none), then start the same command again: it goes on from the"
             " checkpoint and repeats the steps after it"
         )
@@ -146,7 +189,7 @@ def updated(
     result: list[UpdatedRollout] = []
     start = 0
     for item in rollouts:
-        bare = dataclasses.replace(item, teacher_hidden=None) if isinstance(item, ScoredRollout) else item
+        bare = _bare(item)
         plain = rollout(item)
         if plain.dropped is not None:
             result.append(UpdatedRollout(item=bare, dropped=plain.dropped))
@@ -161,6 +204,10 @@ def updated(
             f"the update gave values for {len(next(iter(flat.values())))} tokens, the rollouts have {start}"
         )
     return result
+
+
+def _bare(item: in_flight.Item) -> in_flight.Item:
+    return dataclasses.replace(item, teacher_hidden=None) if isinstance(item, ScoredRollout) else item
 
 
 def threshold(config: Config) -> float | None:
@@ -258,12 +305,11 @@ def remove(directory: Path, step: int) -> None:
 
 
 def save(directory: Path, step: int, header: Mapping[str, Any], rollouts: Sequence[in_flight.Kept]) -> Path:
-    """Write one shard; its header's path. Raises OSError."""
+    """Write one shard; its header's path. Raises OSError or :class:`files.WriteError`."""
     tensors, records = in_flight.pack([rollouts])
     content = {"header": dict(header), **json.loads(records)}
     sums = {"tensors": hashlib.sha256(tensors).hexdigest(), "content": _sha(content)}
     first, second = files(directory, step)
-    directory.mkdir(parents=True, exist_ok=True)
     atomically(second, lambda file: file.write_bytes(tensors))
     atomically(first, lambda file: file.write_text(json.dumps({"sha256": sums, **content}) + "\n"))
     checkpoint_directory.sync(directory)

@@ -28,6 +28,7 @@ from megatron_mopd import (
     teacher_precision,
 )
 from megatron_mopd.asynchrony.build import feed_of
+from megatron_mopd.asynchrony.signs import Beacon
 from megatron_mopd.config import Config, ConfigurationError, Mopd, MtpBoosting
 from megatron_mopd.objectives.cross_entropy import cross_entropy_loss
 from megatron_mopd.objectives.mopd import mopd_loss, mopd_objective, mopd_of_logits
@@ -50,10 +51,13 @@ class Trainer:
     """Builds a stage from its configuration and runs it; every rank makes one and calls it alike.
 
     ``objective`` replaces the configured one (a function of log-probabilities, micro-batch and counts); the default
-    follows ``config.objective`` and ``config.kernels.update``.
+    follows ``config.objective`` and ``config.kernels.update``. ``beacon`` are signs of life for other worlds that began
+    before.
     """
 
-    def __init__(self, config: Config, groups: Groups, objective: LogprobLoss | None = None) -> None:
+    def __init__(
+        self, config: Config, groups: Groups, objective: LogprobLoss | None = None, beacon: Beacon | None = None
+    ) -> None:
         self._elapsed, self._started = 0.0, time.perf_counter()
         config = exchange.resolved(config, groups)
         self.tokenizer = build_tokenizer(config.tokenizer)
@@ -64,7 +68,8 @@ class Trainer:
         self.held_out = load_prompts(
             config.data.held_out, self.tokenizer, config.model.max_sequence_length, need_verifier=True
         )
-        self.teachers = TeacherPool(config, groups, self.tokenizer) if config.teachers else None
+        here = config.asynchrony.mode == "inline"  # else a world has them, and here they serve measurements alone
+        self.teachers = TeacherPool(config, groups, self.tokenizer, load=here) if config.teachers else None
         model = student.build_model(config.model, config.parallel, groups, self.vocab_size, precision, mtp=True)
         self.initial_id: str | None = None
         manifest: dict[str, Any] = {}
@@ -87,7 +92,7 @@ class Trainer:
             self.teachers.require(item.domain for item in self.source.items if isinstance(item, Prompt))
         self.objective = self._objective() if objective is None else of_logprobs(objective)
         self.feed = feed_of(
-            config, groups, self.tokenizer, self.teachers, self.source, self.learner, self._score, self.manifest
+            config, groups, self.tokenizer, self.teachers, self.source, self.learner, self._score, self.manifest, beacon
         )
         self.guards = self._guards()
         self.shards = shards.Shards(config, groups)
@@ -109,6 +114,7 @@ class Trainer:
             config.guards,
             sorted(domain for domain in watched if weights.get(domain, 1.0) > 0),
             scored=isinstance(config.objective, Mopd),
+            lag=config.rollout.lag,
             group=self.groups.dp,
             device=self.groups.device,
             checkpoints=config.run.dir / "checkpoints",
@@ -126,14 +132,18 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One collected batch, one update; returns the step's metrics, equal on all ranks."""
-        self.times = {}
+        self.times, step = {}, self.step_index + 1
         with self._timed("collect"):
             rollouts = self.feed.take(self.policy)
         provenance.check(rollouts, self.policy, self.config.rollout.lag, self.tokenizer, self.teachers)
-        rollouts = self.guards.admit(rollouts, self.step_index + 1)
-        row, outputs = self.learn(rollouts)
-        self.shards.write(self.header, rollouts, outputs, row, self.learner.weights_sha)
-        return row | self.guards.review(row)
+        try:
+            rollouts = self.guards.admit(rollouts, step)
+            row, outputs = self.learn(rollouts)
+            self.shards.write(lambda: self.header(step), rollouts, outputs, row, self.learner.weights_sha)
+            return row | self.guards.review(row)
+        except guards.GuardError as stop:
+            look = self.shards.of_stop(lambda: self.header(step), rollouts, str(stop))
+            raise guards.GuardError(f"{stop}. {look}") from None
 
     def learn(self, rollouts: Sequence[ScoredRollout | Rollout]) -> tuple[dict[str, float], list[StepOutput]]:
         """The update of one step on this rank's checked rollouts; the step's metrics and what each optimizer step
@@ -149,11 +159,11 @@ class Trainer:
         """Who the current weights are."""
         return Policy(run_id=self.config.run_id, step=self.step_index, initial_id=self.initial_id)
 
-    def header(self) -> dict[str, Any]:
-        """What a shard of the last step says of it beside its rollouts: whose weights met the update, who taught."""
-        before = Policy(run_id=self.config.run_id, step=self.step_index - 1, initial_id=self.initial_id)
+    def header(self, step: int) -> dict[str, Any]:
+        """What the shard of ``step`` says of it beside its rollouts: whose weights met the update, who taught."""
+        before = Policy(run_id=self.config.run_id, step=step - 1, initial_id=self.initial_id)
         routing = dict(self.teachers.routing) if self.teachers is not None else {}
-        return {"step": self.step_index, "policy": asdict(before), "routing": routing} | self.manifest()
+        return {"step": step, "policy": asdict(before), "routing": routing} | self.manifest()
 
     def _score(self, rollouts: list[Rollout]) -> list[ScoredRollout | Rollout]:
         if not isinstance(self.config.objective, Mopd):
@@ -257,6 +267,7 @@ class Trainer:
             return result
         if not (served := [prompt for prompt in prompts if self.teachers.serves(prompt.domain)]):
             return result
+        self.teachers.load()
         return result | evaluation.diagnose(
             self.sampler,
             self.teachers,
@@ -281,6 +292,7 @@ class Trainer:
         empty where none is. See :func:`teacher_precision.measure`."""
         if self.teachers is None or not any(self.teachers.nvfp4.values()) or isinstance(self.source, DatasetSource):
             return {}
+        self.teachers.load()
         rollouts = evaluation.sample(
             self.sampler,
             [p for p in evaluation.held_out(self.held_out, samples) if self.teachers.serves(p.domain)],

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_stages import stage
 
-from megatron_mopd import guard_config, guard_measures, parallel
+from megatron_mopd import guard_config, guard_measures, parallel, replay, rollout_view, shards
 from megatron_mopd.config import Parallel, build_config
-from megatron_mopd.guards import NAMES, GuardError, Guards, dropped
+from megatron_mopd.guards import NAMES, GuardError, Guards, Item, dropped
 from megatron_mopd.metrics import read, untimed
 from megatron_mopd.records import Prompt, Rollout, ScoredRollout
 from megatron_mopd.settings import ConfigurationError, overlay
@@ -31,8 +32,10 @@ def settings(**given: Any) -> guard_config.Guards:
     return guard_config.Guards.model_validate(overlay(OFF, named))
 
 
-def guards_of(given: guard_config.Guards, tmp_path: Path, domains: Sequence[str] = ("a", "b")) -> Guards:
-    return Guards(given, domains, scored=True, group=None, device=torch.device("cpu"), checkpoints=tmp_path)
+def guards_of(
+    given: guard_config.Guards, tmp_path: Path, domains: Sequence[str] = ("a", "b"), lag: int = 0, scored: bool = True
+) -> Guards:
+    return Guards(given, domains, scored=scored, lag=lag, group=None, device=torch.device("cpu"), checkpoints=tmp_path)
 
 
 def rollout(
@@ -93,7 +96,7 @@ def test_measures_are_those_of_all_tokens_of_a_domain() -> None:
     assert (a.rollouts, a.length, a.repetition, a.truncation) == (2, 4.0, 6 / 8, 0.5)
     assert (a.entropy, a.gap, a.spread) == (14 / 8, 2.5 / 8, 1.5)
     assert (b.gap, b.spread, b.mute) == (3.0, 0.0, False)  # of one token nothing can be said
-    assert (c.rollouts, c.entropy, c.gap, c.mute) == (0, None, None, True)
+    assert (c.rollouts, c.entropy, c.gap, c.mute) == (0, None, None, False)  # nothing was asked of its teacher
 
 
 # --------------------------------------------------------------------------- each guard by itself
@@ -108,7 +111,7 @@ FIRES: dict[str, tuple[dict[str, Any], list[ScoredRollout], float]] = {
 }
 
 
-def feed(guards: Guards, steps: int, rollouts: Sequence[ScoredRollout], first: int = 1, **row: float) -> list[Any]:
+def feed(guards: Guards, steps: int, rollouts: Sequence[Item], first: int = 1, **row: float) -> list[Any]:
     """Some steps on the same rollouts: what was admitted and what was reviewed."""
     return [
         (guards.admit(rollouts, step), guards.review({f"x/{k}": v for k, v in row.items()}))
@@ -154,23 +157,63 @@ def test_drop_takes_the_rollouts_at_fault_alone(tmp_path: Path, name: str) -> No
     assert not any(map(dropped, guards.admit(HEALTHY, 4)))
 
 
-@pytest.mark.parametrize("name", FIRES)
-def test_stop_names_what_happened_and_where_to_go_on(tmp_path: Path, name: str) -> None:
-    given, bad, _ = FIRES[name]
-    guards = guards_of(settings(reference_steps=1, **{name: {"patience": 2, "action": "stop", **given}}), tmp_path)
-    feed(guards, 2, HEALTHY)
-    for step in (1, 2, 3):
-        whole = tmp_path / f"iter_{step:07d}"
+def saved(directory: Path, *steps: int) -> None:
+    """Checkpoints, as far as guards look at them."""
+    for step in steps:
+        whole = directory / f"iter_{step:07d}"
         whole.mkdir()
         (whole / ".metadata").touch()
         (whole / "metadata.json").touch()
-    feed(guards, 1, [*bad, rollout("b")], 3)
+
+
+STOPS = {**{name: (given, bad) for name, (given, bad, _) in FIRES.items()}, "masked": ({"threshold": 0.4}, HEALTHY)}
+
+
+def stop(guards: Guards, bad: Sequence[Item], first: int, masked: float = 0.0) -> str:
+    """What the guard says that ends the run in the second of two bad steps."""
+    row = {f"importance/masked_frac/{domain}": masked if domain == "a" else 0.0 for domain in ("a", "b")}
+    guards.admit([*bad, rollout("b")], first)
+    guards.review(row)
     with pytest.raises(GuardError) as stopped:
-        feed(guards, 1, [*bad, rollout("b")], 4)
-    text = str(stopped.value)
-    for part in (f"guard {name} of domain 'a'", "at step 4", "since step 3", "threshold = ", "drop or warn"):
+        guards.admit([*bad, rollout("b")], first + 1)
+        guards.review(row)
+    return str(stopped.value)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("name", STOPS)
+def test_stop_names_what_happened_and_where_to_go_on(tmp_path: Path, name: str, lag: int) -> None:
+    """The update that makes step 7 learns from what the weights of step 6 - lag drew."""
+    given, bad = STOPS[name]
+    own = {name: {"patience": 2, "action": "stop", **given}}
+    guards = guards_of(settings(reference_steps=1, **own), tmp_path, lag=lag)
+    feed(guards, 6, HEALTHY)
+    saved(tmp_path, *range(1, 8))
+    text = stop(guards, bad, 7, masked=0.9)
+    for part in (f"guard {name} of domain 'a'", "at step 8", "since step 7", "threshold = ", "drop or warn"):
         assert part in text
-    assert f"last good checkpoint is {tmp_path / 'iter_0000002'}; take {tmp_path / 'iter_0000003'} away" in text
+    # Of a teacher that falls silent and of masks the weights that drew are innocent.
+    good = 6 if name in ("silence", "masked") else 6 - lag - 1
+    away = ", ".join(f"iter_{step:07d}" for step in range(good + 1, 8))
+    assert f"last good checkpoint is {tmp_path / f'iter_{good:07d}'}, for the weights of step {good + 1}" in text
+    assert f"take {away} away and the same command goes on from it" in text
+
+
+def test_of_several_reasons_the_earliest_weights_decide_and_a_good_newest_stays(tmp_path: Path) -> None:
+    given = {"patience": 2, "action": "stop"}
+    both = settings(silence={"threshold": 0.01, "reference": 1.0, **given}, truncation={"threshold": 0.5, **given})
+    mute = rollout("a", finish="length", teacher=(-1.0,) * 4)
+    saved(tmp_path, 1, 2)
+    text = stop(guards_of(both, tmp_path), [mute], 4)
+    assert "guard silence" in text and "guard truncation" in text
+    assert f"last good checkpoint is {tmp_path / 'iter_0000002'}, from which the same command goes on" in text
+    text = stop(guards_of(both, tmp_path, lag=1), [mute], 4)
+    assert f"last good checkpoint is {tmp_path / 'iter_0000001'}, for the weights of step 2 and later" in text
+    assert "take iter_0000002 away" in text
+    # While there are no older weights the first ones draw, and no checkpoint is before them.
+    text = stop(guards_of(both, tmp_path, lag=5), [mute], 4)
+    assert f"{tmp_path} holds no good checkpoint of this run, for the first weights may be at fault" in text
+    assert "take iter_0000001, iter_0000002 away and the same command starts from its beginning" in text
 
 
 def test_masked_is_read_off_the_update_and_drop_pauses_the_domain_for_a_step(tmp_path: Path) -> None:
@@ -199,8 +242,8 @@ def test_entropy_is_exact_where_the_objective_measures_it(tmp_path: Path) -> Non
     assert guards.review({"entropy/b": 1.5}) == {}  # none of its tokens met the update
 
 
-SILENT = {
-    "none scored": ([rollout("b")], "no token of it was scored"),
+SILENT: dict[str, tuple[list[Item], str]] = {
+    "none scored": ([rollout("a").rollout, rollout("b")], "no token of its rollouts (1) was scored"),
     "constant": ([rollout("a", teacher=(-4.615,) * 4), rollout("b")], "the same log-probability to every token"),
     "own": ([rollout("a", teacher=(-1.000001,) * 4), rollout("b")], "are the student's own"),
     "faint": ([rollout("a", teacher=(-1.002, -1.003, -1.0, -1.002)), rollout("b")], "as far from the student's"),
@@ -216,10 +259,19 @@ def test_a_teacher_is_silent_in_each_of_these_ways(tmp_path: Path, caplog: pytes
         feed(guards, 4, rollouts)
     (record,) = caplog.records
     assert "guard silence of domain 'a'" in record.getMessage() and said in record.getMessage()
-    unscored = Guards(
-        settings(silence=given), ("a",), scored=False, group=None, device=torch.device("cpu"), checkpoints=tmp_path
-    )
-    assert feed(unscored, 9, [])[-1][1] == {}  # a run without teachers expects none
+    unscored = guards_of(settings(silence=given), tmp_path, ("a",), scored=False)
+    assert feed(unscored, 9, [rollout("a").rollout])[-1][1] == {}  # a run without teachers expects none
+
+
+def test_a_domain_that_was_not_drawn_accuses_no_teacher_and_keeps_its_count(tmp_path: Path) -> None:
+    given = {"threshold": 0.01, "patience": 3, "reference": 1.0, "action": "stop"}
+    guards = guards_of(settings(silence=given), tmp_path)
+    mute = [rollout("a", teacher=(-1.0,) * 4), rollout("b")]
+    feed(guards, 2, mute)
+    for _, row in feed(guards, 20, [rollout("b")], 3):
+        assert set(row) == {"guard/silence/b"}
+    with pytest.raises(GuardError, match=r"domain 'a'.* at step 23; .* is crossed since step 1 \(patience 3\)"):
+        guards.admit(mute, 23)
 
 
 def test_nothing_left_to_learn_from_ends_the_run(tmp_path: Path) -> None:
@@ -292,27 +344,17 @@ def test_a_setting_that_cannot_work_is_named(groups: Any, tmp_path: Path, change
 # --------------------------------------------------------------------------- a real run
 
 
-def task(domain: str, template: str) -> dict[str, Any]:
-    options = {"min_word_len": 3, "max_word_len": 5}
-    family = {"type": "reasoning_gym", "family": "spell_backward", "options": options, "size": 40}
-    return {"domain": domain, "template": template, **family}
-
-
 def tree(directory: Path, **changes: Any) -> dict[str, Any]:
     """A MOPD stage of seconds; teachers are named by whoever needs them."""
-    common = {
-        "run": {"dir": str(directory / "run"), "steps": 4, "seed": 7, "id": "run"},
-        "model": {"pattern": "M*E", "max_sequence_length": 24},
-        "data": {"train": [task("plain", "{word}"), task("loud", "! {word}")]},
-        "rollout": {"prompts_per_step": 8, "max_new_tokens": 5, "batch_size": 8},
-        "batching": {"micro_batch_size": 4},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 0},
+    own = {
+        "run": {"steps": 4, "id": "run"},
+        "rollout": {"prompts_per_step": 8},
         "teachers": {
             "first": {"checkpoint": str(directory / "first" / "checkpoints"), "domains": ["plain"]},
             "second": {"checkpoint": str(directory / "second" / "checkpoints"), "domains": ["loud"]},
         },
     }
-    return overlay(common, changes)
+    return stage(directory / "run", own, changes)
 
 
 def school(directory: Path, groups: Any) -> None:
@@ -332,15 +374,32 @@ def taught(groups: Any, tmp_path: Path) -> Path:
 
 def test_a_run_stops_with_the_last_good_checkpoint_and_saves_nothing_new(groups: Any, taught: Path) -> None:
     change = {"truncation": {"threshold": 0.1, "patience": 3, "action": "stop"}}
-    config = build_config(tree(taught, guards={"domains": {"plain": change}}, checkpoint={"every": 1, "keep": 9}))
-    with pytest.raises(GuardError, match=r"guards\.domains\.plain\.truncation\.threshold = 0\.1 .* since step 1"):
+    kept = {"checkpoint": {"every": 1, "keep": 9}, "rollout": {"shards": 9}}
+    config = build_config(tree(taught, guards={"domains": {"plain": change}}, **kept))
+    crossed = r"guards\.domains\.plain\.truncation\.threshold = 0\.1 .* since step 1"
+    with pytest.raises(GuardError, match=crossed) as stopped:
         run_stage(config, groups)
+    assert f"python tools/show_rollout.py {taught / 'run'} --step 3" in str(stopped.value)
     run = taught / "run"
     assert [p.name for p in sorted((run / "checkpoints").glob("iter_*"))] == ["iter_0000001", "iter_0000002"]
     rows = read(run)
     assert [row["step"] for row in rows] == [1, 2]  # the row of the step that was stopped is not a step of the run
     assert rows[0]["guard/truncation/plain"] > 0.1 and "guard/truncation/loud" in rows[0]
     assert not (run / "result.json").exists()
+    # What it stopped at can be looked at; there is no update of it to repeat, and a run that goes on replaces it.
+    shard = shards.read(run / shards.FOLDER, 3)
+    assert shards.steps(run / shards.FOLDER) == [1, 2, 3] and len(shard.rollouts) == 8
+    assert "guard truncation of domain 'plain'" in shard.header["stopped"] and shard.header["policy"]["step"] == 2
+    (why,) = {reason for kept in shard.rollouts for reason in rollout_view.of(kept, str).uncounted}
+    assert why == "a guard stopped the run before the update"
+    with pytest.raises(ConfigurationError, match="before the update of step 3, so there is nothing to repeat"):
+        replay.replay(config, groups, 3)
+    run_stage(config.model_copy(update={"guards": guard_config.Guards()}), groups)
+    again = shards.read(run / shards.FOLDER, 3)
+    assert shards.steps(run / shards.FOLDER) == [1, 2, 3, 4] and "stopped" not in again.header
+    assert all(kept.per_token and kept.dropped is None for kept in again.rollouts)
+    drawn = [[shards.rollout(kept).completion.tolist() for kept in one.rollouts] for one in (shard, again)]
+    assert drawn[0] == drawn[1]
 
 
 def test_dropped_rollouts_leave_the_update_and_its_denominator(groups: Any, taught: Path) -> None:

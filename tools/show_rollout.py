@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_mopd import display, rollout_html, rollout_view, run_record, screen, shards
 from megatron_mopd.config import ConfigurationError, build_config
-from megatron_mopd.files import atomically
+from megatron_mopd.files import WriteError, atomically
 from megatron_mopd.rollout_view import View
 from megatron_mopd.shards import Shard
 from megatron_mopd.tokenizer import ChatTokenizer, build_tokenizer
@@ -61,6 +61,8 @@ def show(shard: Shard, views: list[View]) -> None:
     teachers = ", ".join(f"{name} {t['checkpoint_id'][:12]}" for name, t in (header["teachers"] or {}).items())
     policy = header["policy"]
     display.note(0, f"{shard.path}: student {policy['run_id']} at step {policy['step']}, teachers {teachers or 'none'}")
+    if "stopped" in header:
+        display.note(0, f"stopped before the update: {header['stopped']}")
     scale = rollout_view.scale(views)
     console.print(screen.legend(scale))
     for view in views[:LISTED]:
@@ -92,8 +94,10 @@ def main() -> int:
     show(shard, views)
     if arguments.html is not None:
         text = rollout_html.page(shard.header, views, rollout_view.scale(views))
-        arguments.html.parent.mkdir(parents=True, exist_ok=True)
-        atomically(arguments.html, lambda file: file.write_text(text, encoding="utf-8"))
+        try:
+            atomically(arguments.html, lambda file: file.write_text(text, encoding="utf-8"), "the page")
+        except WriteError as error:
+            raise SystemExit(f"error: {error}") from None
         display.note(0, f"{len(views):,} rollouts in {arguments.html}")
     return 0
 
