@@ -65,15 +65,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises :class:`ConfigurationError` when there is no checkpoint or the file is not JSON.
     """
     file = resolve(path) / MANIFEST
-    return read_json(file) if file.is_file() else {}
+    return read_json(file, "copy the checkpoint again") if file.is_file() else {}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; raises :class:`ConfigurationError` naming the file."""
+def read_json(file: Path, way_out: str = "put it back as it was written, from a copy") -> dict[str, Any]:
+    """A JSON object; raises :class:`ConfigurationError` naming the file, and ``way_out`` as what to do."""
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"holds {type(found).__name__} instead of an object")
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{file}: cannot be read: {error}; copy the checkpoint again") from None
+        raise ConfigurationError(f"{file}: cannot be read: {error}; {way_out}") from None
+    return found
 
 
 def steps(root: Path) -> list[int]:

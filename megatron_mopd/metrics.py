@@ -42,7 +42,7 @@ class MetricsWriter:
     A row is ``{"step": k, "time/unix": seconds, name: value, ...}``; a value that is not finite is ``null``. With
     ``resume_step = k`` rows beyond step k are dropped first, so the file of a resumed run equals the uninterrupted
     one's but for ``time/``; 0 starts afresh. W&B is used when it is installed and WANDB_API_KEY or WANDB_MODE is set.
-    Only the rank with ``enabled`` writes.
+    Only the rank with ``enabled`` writes. Raises :class:`files.WriteError` where the files cannot be opened.
     """
 
     def __init__(
@@ -52,10 +52,13 @@ class MetricsWriter:
         self._file = self._events = self._wandb = None
         if not enabled:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_beyond(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._events = _tensorboard(self.path.parent / "tensorboard", resume_step)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._events = _tensorboard(self.path.parent / "tensorboard", resume_step)
+        except OSError as error:
+            raise WriteError(self.path, "the rows of this run", error) from None
         self._wandb = _wandb(run_id or self.path.parent.resolve().name, self.path.parent)
         sinks = ["TensorBoard" if self._events else "", "W&B" if self._wandb else ""]
         log.info("metrics go to %s", ", ".join([str(self.path), *filter(None, sinks)]))
@@ -135,10 +138,7 @@ def _drop_beyond(path: Path, step: int) -> None:
     rows = read(path.parent)
     kept = [row for row in rows if step > 0 and row["step"] <= step]  # at 0 step 0 itself is measured again
     content = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
-    try:
-        atomically(path, lambda file: file.write_text(content, encoding="utf-8"))
-    except OSError as error:
-        raise WriteError(path, f"the rows up to step {step}", error) from None
+    atomically(path, lambda file: file.write_text(content, encoding="utf-8"), f"the rows up to step {step}")
     if len(kept) < len(rows):
         log.info("%s: dropped %d rows beyond step %d", path, len(rows) - len(kept), step)
 

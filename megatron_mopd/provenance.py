@@ -14,6 +14,10 @@ from torch import Tensor
 
 from megatron_mopd.records import Policy, Provenance, Rollout, Sampling, ScoredRollout
 
+_AGAIN = "start the same command again: the run goes on from its last checkpoint and collects the batch anew"
+_SIGN = "a sampler of one's own must pass what it draws through provenance.sign before it is scored"
+_NO_TEACHERS = "put back those that it began with under teachers, or choose another run.dir for a new run"
+
 
 class ProvenanceError(ValueError):
     """A rollout or a checkpoint whose record contradicts this run; names both sides."""
@@ -105,7 +109,8 @@ def scored_by(
     """
     if rollout.provenance is None:
         raise ProvenanceError(
-            f"{_name(rollout)}: carries no record of who sampled it, so nothing says what its scores would mean"
+            f"{_name(rollout)}: carries no record of who sampled it, so nothing says what its scores would mean;"
+            f" {_SIGN}"
         )
     record = dataclasses.replace(
         rollout.provenance,
@@ -139,7 +144,9 @@ def check(
         if record is None:
             if scorer is None:
                 continue
-            raise ProvenanceError(f"{_name(rollout)}: scored by {scorer!r} but carries no record of who sampled it")
+            raise ProvenanceError(
+                f"{_name(rollout)}: scored by {scorer!r} but carries no record of who sampled it; {_SIGN}"
+            )
         author = policy if scorer is not None or record.teacher_id is None else _writer(rollout, scorers)
         for what, found, expected in _facts(item, rollout, record, author, tokenizer, scorers):
             if found != expected:
@@ -152,7 +159,8 @@ def check(
         if not 0 <= age <= lag:
             raise ProvenanceError(
                 f"{_name(rollout)}: sampled by the policy of step {record.policy.step}, updated at step {author.step};"
-                f" rollout.lag = {lag} allows ages 0 to {lag}"
+                f" rollout.lag = {lag} allows ages 0 to {lag}; put rollout.lag back if it was lowered since the run"
+                f" began, else {_AGAIN}"
             )
         _check_steps(rollout, record.policy.step, policy.step)
 
@@ -167,7 +175,7 @@ def _check_steps(rollout: Rollout, first: int, now: int) -> None:
         raise ProvenanceError(
             f"{_name(rollout)}: {len(rollout.completion)} tokens were drawn by the policies of steps {steps}; there"
             f" must be one for each token, the first that of the record ({first}), none below the one before and none"
-            f" above the current step {now}"
+            f" above the current step {now}; {_AGAIN}; if it comes back, what samples counts its weights wrong"
         )
 
 
@@ -186,7 +194,9 @@ def _facts(
     yield "the recorded domain", record.domain, rollout.prompt.domain
     if isinstance(item, ScoredRollout):
         if scorers is None:
-            raise ProvenanceError(f"{_name(rollout)}: scored by {item.teacher!r}, but this run has no teachers")
+            raise ProvenanceError(
+                f"{_name(rollout)}: scored by {item.teacher!r}, but this run has no teachers; {_NO_TEACHERS}"
+            )
         teacher = scorers.route(rollout.prompt.domain)
         yield "the scoring teacher", item.teacher, teacher
         yield f"the checkpoint of teacher {teacher!r}", record.teacher_id, scorers.ids[teacher]
@@ -200,7 +210,9 @@ def _facts(
 def _writer(rollout: Rollout, scorers: Scorers | None) -> Policy:
     """The policy that a trace must come from."""
     if scorers is None:
-        raise ProvenanceError(f"{_name(rollout)}: was written by a teacher, but this run has no teachers")
+        raise ProvenanceError(
+            f"{_name(rollout)}: was written by a teacher, but this run has no teachers; {_NO_TEACHERS}"
+        )
     teacher = scorers.route(rollout.prompt.domain)
     return Policy(run_id=teacher, step=0, initial_id=scorers.ids[teacher])
 
@@ -213,7 +225,11 @@ def check_manifest(found: Mapping[str, Any], expected: Mapping[str, Any], where:
     """
     for key, value in expected.items():
         if key not in found:
-            raise ProvenanceError(f"{where}: its manifest says nothing of {key}; it was not written by this program")
+            raise ProvenanceError(
+                f"{where}: its manifest says nothing of {key}; it was not written by this program, or by an older one."
+                " Choose another run.dir for a new run; to start from these weights, name the checkpoint as"
+                " model.initial"
+            )
         if found[key] == value:
             continue
         if key == "teachers":

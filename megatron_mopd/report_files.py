@@ -11,9 +11,8 @@ from megatron_mopd.report import Report, to_json, to_markdown
 
 
 def write(report: Report, directory: Path | str) -> list[Path]:
-    """Write pictures, ``report.md`` and last ``report.json``; returns their paths."""
+    """Write pictures, ``report.md`` and last ``report.json``; returns their paths. Raises :class:`files.WriteError`."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     written, pictures = [], {}
     for caption, name, figure in plots.figures(report):
         written.append(atomically(directory / name, lambda path, figure=figure: plots.save(figure, path)))

@@ -1,12 +1,12 @@
 """Where two runs, or two recipes stage by stage, first differ: settings, metrics, rollouts, weights, results.
 
-What depends on the clock or on the machine's memory does not count, nor does where a run lies.
+What depends on the clock or on the machine's memory does not count, nor does where a run lies. Settings that a result
+repeats, such as the layout, count as settings.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,11 @@ from megatron_mopd.config import ConfigurationError
 
 GRAPH = "graph.json"
 RESULTS = ("before.json", "preflight.json", "result.json")
-_CLOCK = re.compile(r"(^|\.)(\w+_s|time\w*|seconds|(device_)?memory_bytes)(\.|$)|^ended\.run_id$")
+_PASSED_OVER = ("wall_s", "measure_s", "memory_bytes", "device_memory_bytes", "ended.run_id")
+"""Values of a result that depend on the clock, on the machine or on the run's name, by their full names: deeper in the
+tree the same words may be names of domains."""
+_SETTINGS = {"parallel": "parallel", "seed": "run.seed"}
+"""What results repeat of the settings, and the setting's name."""
 _SHOWN = 4  # metrics of a step, values of a result
 
 
@@ -46,7 +50,8 @@ def stages(directory: Path) -> list[str]:
     none."""
     file = directory / GRAPH
     if file.is_file():
-        nodes = checkpoint_directory.read_json(file)["nodes"]
+        way_out = "remove it: the directory's runs are then compared in alphabetical order"
+        nodes = checkpoint_directory.read_json(file, way_out)["nodes"]
         return [node["name"] for node in nodes if is_run(directory / node["name"])]
     found = sorted(path.name for path in directory.iterdir() if is_run(path)) if directory.is_dir() else []
     if not found:
@@ -139,11 +144,17 @@ def _result(one: Path, other: Path, found: Comparison) -> None:
         if any(present):
             found.results.append(f"{one.name} is in {(one if present[0] else other).parent} only")
         return
-    a, b = (checkpoint_directory.read_json(path) for path in (one, other))
+    a, b = (checkpoint_directory.read_json(path, "copy the run's directory again") for path in (one, other))
     found.compared.append(one.name)
-    mine, theirs = (dict(_flat({k: v for k, v in tree.items() if k != "versions"})) for tree in (a, b))
+    beside = {"versions", *_SETTINGS}
+    mine, theirs = (dict(_flat({k: v for k, v in tree.items() if k not in beside})) for tree in (a, b))
     if texts := _unequal(mine, theirs):
         found.results.append(f"{one.name}: {_listed(texts)}")
+    before, after = (dict(_flat({s: tree[k] for k, s in _SETTINGS.items() if k in tree})) for tree in (a, b))
+    for name in [*before, *(name for name in after if name not in before)]:
+        text = f"setting {name}: {before.get(name)!r} and {after.get(name)!r}"
+        if before.get(name) != after.get(name) and text not in found.settings:  # run.json has said so already
+            found.settings.append(text)
     packages = _unequal(a.get("versions", {}), b.get("versions", {}))
     found.settings += [f"version of {text}" for text in packages if f"version of {text}" not in found.settings]
 
@@ -151,7 +162,7 @@ def _result(one: Path, other: Path, found: Comparison) -> None:
 def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     names = [*one, *(name for name in other if name not in one)]
     missing = object()
-    pairs = ((name, one.get(name, missing), other.get(name, missing)) for name in names if not _CLOCK.search(name))
+    pairs = ((name, one.get(name, missing), other.get(name, missing)) for name in names if name not in _PASSED_OVER)
     return [
         f"{name} {'missing' if a is missing else json.dumps(a)} and {'missing' if b is missing else json.dumps(b)}"
         for name, a, b in pairs

@@ -49,6 +49,7 @@ def check(name: str, rollouts: Sequence[Rollout], answer: Answer) -> list[str]:
     if len(answer.shas) != len(wanted) or len(answer.logprobs) != tokens:
         raise ScoringError(
             f"teacher {name!r} was asked for {len(wanted)} sequences with {tokens} tokens and answered for"
-            f" {len(answer.shas)} with {len(answer.logprobs)}; nothing was learned from it"
+            f" {len(answer.shas)} with {len(answer.logprobs)}; nothing was learned from it. Start the same command"
+            " again; if it comes back, what runs this teacher loses requests or answers some twice"
         )
     return asked

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.conversion.partial_directory import DiskFullError
+from megatron_mopd.files import WriteError
 from megatron_mopd.parallel import Groups
 
 PERIOD = 0.5
@@ -47,7 +48,7 @@ def work(groups: Groups, mine: bool, action: Callable[[Report], Any], show: Repo
             outcome.append(None)
         except _Interrupted:
             outcome.append(None)
-        except ConfigurationError as error:
+        except (ConfigurationError, WriteError) as error:
             outcome.append(str(error))
         except DiskFullError as error:
             outcome.append(str(error.strerror))

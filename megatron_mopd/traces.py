@@ -270,7 +270,6 @@ def _write(folder: Path, text: str, header: Mapping[str, Any], groups: Groups) -
     whole = {**header, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     def leave(report: together.Report) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         atomically(folder / ROWS, lambda file: file.write_bytes(text.encode()))
         atomically(folder / HEADER, lambda file: file.write_text(json.dumps(whole, indent=1) + "\n"))
 

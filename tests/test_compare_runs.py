@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,22 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import loaded
 
 from megatron_mopd import run_comparison, run_record, shards
 from megatron_mopd.config import ConfigurationError, build_config
 from megatron_mopd.records import Policy, Prompt, Provenance, Rollout, Sampling, ScoredRollout, UpdatedRollout
 from megatron_mopd.settings import overlay
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_runs", ROOT / "tools" / "compare_runs.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("tools/compare_runs.py")
 
 
 def rollout(step: int, **changes: Any) -> UpdatedRollout:
@@ -85,6 +79,9 @@ def leave(directory: Path, steps: int = 4, **settings: Any) -> Path:
         "wall_s": hash(directory) % 97,
         "measure_s": hash(directory) % 89,
         "memory_bytes": hash(directory) % 83,
+        "device_memory_bytes": hash(directory) % 79,
+        "seed": 0,
+        "parallel": {"tensor": 1, "pipeline": 1},
         "versions": {"torch": "2.13.0"},
         "ended": {"run_id": directory.name, "step": 4, "checkpoint_id": "id4"},
     }
@@ -197,6 +194,30 @@ def test_settings_come_first_and_alone_do_not_fail(tmp_path: Path, tool: ModuleT
         'version of torch "2.13.0" and "2.14.0"',
         "equal: settings, metrics of 4 steps, rollouts of 2 steps, weights of 2 checkpoints, result.json",
     ]
+
+
+def test_a_layout_is_a_setting_and_said_once(tmp_path: Path) -> None:
+    one, other = leave(tmp_path / "x" / "one"), leave(tmp_path / "y" / "two", parallel={"tensor": 2})
+    edit(other / "result.json", '"tensor": 1', '"tensor": 2')
+    edit(other / "result.json", '"seed": 0', '"seed": 5')
+    found = run_comparison.compare(one, other)
+    assert not found.results
+    assert found.settings == ["setting parallel.tensor: 1 and 2", "setting run.seed: 0 and 5"]
+    for directory in (one, other):
+        (directory / run_record.FILE).unlink()  # which a pre-flight does not leave
+    assert run_comparison.compare(one, other).settings == found.settings
+
+
+@pytest.mark.parametrize("domain", ["words_s", "timeline", "seconds", "wall_s", "memory_bytes", "parallel", "seed"])
+def test_a_domain_may_be_called_like_a_time(two: Any, domain: str) -> None:
+    for directory in two:
+        edit(directory / "result.json", '"plain"', json.dumps(domain))
+    assert not run_comparison.compare(*two).results
+    edit(two[1] / "result.json", '"correct": 3', '"correct": 2')
+    edit(two[1] / "metrics.jsonl", '"loss": 1.0', f'"loss": 1.0, "accuracy/{domain}": 0.5')
+    step, result = run_comparison.compare(*two).results
+    assert step == f"step 1, metrics: accuracy/{domain} missing and 0.5"
+    assert result == f"result.json: accuracy.{domain}.correct 3 and 2"
 
 
 def recipe(directory: Path, *names: str) -> Path:
