@@ -32,6 +32,7 @@ from megatron_mopd import checkpoint_directory as directory
 from megatron_mopd import identity, in_flight, names, sharded_state, torch_dist
 from megatron_mopd.checkpoint_directory import COMPANIONS, latest, read_manifest
 from megatron_mopd.config import ConfigurationError
+from megatron_mopd.files import free
 from megatron_mopd.parallel import Groups
 
 __all__ = ["COMPANIONS", "CheckpointError", "Resume", "latest", "load", "load_weights", "read_manifest", "save"]
@@ -68,14 +69,16 @@ def save(
     rollouts: Sequence[Sequence[in_flight.Item]] = (),
     companions: Mapping[str, bytes] | None = None,
     keep: int = 2,
+    room: str = "lower checkpoint.keep",
 ) -> Path:
     """Write the checkpoint of ``step`` under ``root``; every rank calls it with its own ``rollouts``, batch by batch.
 
     ``state`` and ``manifest`` are JSON; ``manifest["vocab_size"]`` is rows before padding, which the identity skips.
     ``companions`` are the files of a Hugging Face directory beside its weights, by relative name; the first rank's are
     kept. The manifest gains ``checkpoint_id``, ``step``, ``query_groups``, ``architecture`` and ``source_dtypes``. The
-    newest ``keep`` checkpoints stay. Raises :class:`CheckpointError` on all ranks when any rank fails; the previous
-    checkpoint is then untouched and what was written is removed.
+    newest ``keep`` checkpoints stay. Raises :class:`CheckpointError` on all ranks when any rank fails, which ends with
+    ``room``, how less of a full disk would be needed; the previous checkpoint is then untouched and what was written is
+    removed.
     """
     module: Any = unwrap_model(model)
     target = directory.partial(root, step)
@@ -92,7 +95,7 @@ def save(
         _on_first(groups, lambda: _write_rest(target, common, state, manifest, batches, companions or {}))
         _on_first(groups, lambda: directory.publish(root, step, keep))
     except _Failed as failed:
-        raise CheckpointError(_explain(root, step, target, groups, str(failed))) from failed
+        raise CheckpointError(_explain(root, step, target, groups, str(failed), room)) from failed
     return directory.place(root, step)
 
 
@@ -246,7 +249,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise ConfigurationError(
             f"{path}: holds weights but nothing to resume from ({STATE}); name it as model.initial"
         )
-    return directory.read_json(path / STATE)
+    return directory.read_json(path / STATE, "copy the checkpoint again, or remove it and resume an older one")
 
 
 class _Failed(Exception):
@@ -274,14 +277,13 @@ def _on_first(groups: Groups, action: Callable[[], Any]) -> None:
     _together(groups, action if groups.rank == 0 else lambda: None)
 
 
-def _explain(root: Path, step: int, target: Path, groups: Groups, problem: str) -> str:
+def _explain(root: Path, step: int, target: Path, groups: Groups, problem: str, room: str) -> str:
     """Remove the half-written checkpoint and say what is left."""
     if groups.rank == 0:
         shutil.rmtree(target, ignore_errors=True)
-    free = shutil.disk_usage(root if root.is_dir() else Path(".")).free
     previous = latest(root)
     left = f"{previous} is untouched" if previous else "there is no earlier one"
     return (
         f"{root}: the checkpoint of step {step} could not be written: {problem}; {left}."
-        f" {free:,} bytes are free there; make room or lower checkpoint.keep, then start the same command again"
+        f" {free(root)}; make room or {room}, then start the same command again"
     )

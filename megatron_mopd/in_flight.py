@@ -89,8 +89,13 @@ def _sums(tensors: bytes, content: Any) -> dict[str, str]:
     return {TENSORS: hashlib.sha256(tensors).hexdigest(), RECORDS: hashlib.sha256(records).hexdigest()}
 
 
-def unpack(path: Path) -> list[list[Item]]:
-    """The global batches in checkpoint directory ``path``; raises :class:`ConfigurationError` for a damaged file."""
+def unpack(path: Path, way_out: str | None = None) -> list[list[Item]]:
+    """The global batches in directory ``path``; raises :class:`ConfigurationError` for a damaged file.
+
+    ``way_out`` ends its message; that of a checkpoint when left out.
+    """
+    if way_out is None:
+        way_out = f"Copy {path.name} again from its source, or remove it and resume an older checkpoint"
     try:
         tensors, content = (path / TENSORS).read_bytes(), json.loads((path / RECORDS).read_bytes())
         expected = content.pop("sha256")
@@ -98,16 +103,13 @@ def unpack(path: Path) -> list[list[Item]]:
             if found != expected[name]:
                 raise ConfigurationError(
                     f"{path / name}: its sha256 is {found[:12]}, it was written with {expected[name][:12]}: the file"
-                    f" was damaged or changed. Copy {path.name} again from its source, or remove it and resume an older"
-                    " checkpoint"
+                    f" was damaged or changed. {way_out}"
                 )
         return unpacked(tensors, json.dumps(content).encode())
     except ConfigurationError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ConfigurationError(
-            f"{path / RECORDS}: rollouts cannot be read: {error!r}; resume an older checkpoint"
-        ) from None
+        raise ConfigurationError(f"{path / RECORDS}: rollouts cannot be read: {error!r}. {way_out}") from None
 
 
 def unpacked(tensors: bytes, records: bytes) -> list[list[Any]]:

@@ -50,10 +50,11 @@ class TeacherPool:
 
     Raises :class:`ConfigurationError`, before any weight is loaded, for a checkpoint that is missing or was made with
     another tokenizer, chat template, vocabulary or architecture; while loading, for one that is truncated or has
-    other shapes.
+    other shapes. Without ``load`` no weight is read before :meth:`load`, and their identities are those of their
+    manifests: enough to check what a world of their own has scored.
     """
 
-    def __init__(self, config: Config, groups: Groups, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, config: Config, groups: Groups, tokenizer: ChatTokenizer, load: bool = True) -> None:
         config = exchange.prepare(config, groups)
         self.groups = groups
         self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
@@ -69,16 +70,25 @@ class TeacherPool:
         )
         self._teacher_of = {domain: name for name, teacher in config.teachers.items() for domain in teacher.domains}
         self._models = {name: teacher.model or config.model for name, teacher in config.teachers.items()}
-        for name in config.teachers:
-            _check_manifest(name, config, tokenizer, self.vocab_size)
+        manifests = {name: _checked_manifest(name, config, tokenizer, self.vocab_size) for name in config.teachers}
         self._checkpoints = {name: teacher.checkpoint for name, teacher in config.teachers.items()}
         self.ids: dict[str, str] = {}  # teacher name -> checkpoint_id
         self.nvfp4 = {name: tuple(sorted(teacher.nvfp4)) for name, teacher in config.teachers.items()}
         self._weights: dict[str, dict[str, quantized_teachers.Stored]] = {}  # _key of a teacher -> host copies
         self._residents: dict[str, Any] = {}  # architecture -> the model on the device
         self._present: dict[str, str] = {}  # architecture -> _key of the teacher whose weights are in it
-        for name in config.teachers:
-            self._load(name, config)
+        self._config = config
+        if load:
+            self.load()
+        else:
+            self.ids = {name: _identity(name, config, manifest) for name, manifest in manifests.items()}
+
+    def load(self) -> None:
+        """Bring the weights into host memory, where they are not there yet; every rank calls it."""
+        if self._weights:
+            return
+        for name in self._config.teachers:
+            self._load(name, self._config)
         for architecture, resident in self._residents.items():
             served = [n for n, model in self._models.items() if _architecture(model) == architecture]
             if all("output_weight" in self.nvfp4[n] for n in served):
@@ -293,6 +303,7 @@ class TeacherPool:
 
         All ranks get as many micro-batches, if empty ones, and so run the same collectives in the same order.
         """
+        assert self._weights, "load() comes first"
         packed = {name: self.scorer.pack([rollouts[i] for i in turn]) for name, turn in turns.items()}
         for name in self.names:
             if micro_batches := self.scorer.even(packed[name]):
@@ -335,8 +346,8 @@ class TeacherPool:
         return found
 
 
-def _check_manifest(name: str, config: Config, tokenizer: ChatTokenizer, vocab_size: int) -> None:
-    """Refuse a teacher whose checkpoint says that it reads text otherwise."""
+def _checked_manifest(name: str, config: Config, tokenizer: ChatTokenizer, vocab_size: int) -> dict[str, Any]:
+    """A teacher's manifest; one whose checkpoint says that it reads text otherwise is refused."""
     where = f"teachers.{name}.checkpoint = {config.teachers[name].checkpoint}"
     try:
         manifest = checkpoint.read_manifest(config.teachers[name].checkpoint)
@@ -355,6 +366,18 @@ def _check_manifest(name: str, config: Config, tokenizer: ChatTokenizer, vocab_s
                 f"{where}: its {key} is {manifest[key]!r}, the student's {ours!r}; a teacher must share tokenizer, chat"
                 " template and vocabulary with the student: name another checkpoint or the tokenizer it was made with"
             )
+    return manifest
+
+
+def _identity(name: str, config: Config, manifest: Mapping[str, Any]) -> str:
+    """What the manifest says, where nobody reads the weights that it is of."""
+    if "checkpoint_id" not in manifest:
+        raise ConfigurationError(
+            f"teachers.{name}.checkpoint = {config.teachers[name].checkpoint}: its mopd_manifest.json lacks"
+            " checkpoint_id, by which training knows what the scoring world's scores are of: write there the one that"
+            " the scoring world says when it loads the teacher"
+        )
+    return manifest["checkpoint_id"]
 
 
 def _architecture(model: Model) -> str:

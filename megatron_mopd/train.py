@@ -30,6 +30,8 @@ from megatron_mopd import (
     run_record,
 )
 from megatron_mopd.asynchrony.signs import WorldError
+from megatron_mopd.asynchrony.waiting import alive
+from megatron_mopd.asynchrony.worlds_feed import of_training
 from megatron_mopd.checkpoint import CheckpointError
 from megatron_mopd.config import Config, ConfigurationError, load_config
 from megatron_mopd.files import WriteError, atomically
@@ -68,35 +70,40 @@ def run_stage(config: Config, groups: Groups, objective: LogprobLoss | None = No
     stopped), the layout, the seed and the packages' versions.
     """
     peak_memory.restart(groups.device)
-    trainer = Trainer(config, groups, objective)
-    resumed = trainer.resume()
-    if trainer.step_index < config.run.steps:
-        exchange.check_export(config, trainer.companions)
-    leave(config.run.dir / run_record.FILE, run_record.of(config, trainer.manifest()), groups)
-    with trainer.feed:  # which lives from now on for the worlds beside it, long before the first step
-        if trainer.held_out and not resumed:
-            before = _measured(trainer) if trainer.teachers is not None else trainer.measure_acceptance()
-            if before:
-                leave(config.run.dir / "before.json", before, groups)
-        with (
-            MetricsWriter(
-                config.run.dir, enabled=groups.rank == 0, resume_step=trainer.step_index, run_id=config.run_id
-            ) as writer,
-            display.StageProgress(title or config.run_id, config.run.steps, enabled=groups.rank == 0) as progress,
-        ):
-
-            def report(step: int, row: Mapping[str, float]) -> None:
-                writer.write(step, row)
-                progress.update(step, row)
-
-            trainer.run(report)
-    result = _measured(trainer) | trainer.measure_acceptance() if trainer.held_out else {}
-    result |= trainer.measure_teachers(config.evaluation.samples) if trainer.held_out else {}
+    trainer = _trained(config, groups, objective, title)
+    result = _measured(trainer) if trainer.held_out else {}
     result |= {"history": trainer.history, "wall_s": trainer.wall_s, "parallel": config.parallel.model_dump()}
     result |= {"seed": config.run.seed, "versions": versions()} | peak_memory.peak(groups)
     result |= {"ended": _ended(config)}
     leave(config.run.dir / "result.json", result, groups)
     exchange.export(config, groups)
+
+
+def _trained(config: Config, groups: Groups, objective: LogprobLoss | None, title: str | None) -> Trainer:
+    """The trainer behind its last step."""
+    beacon = of_training(config, groups)
+    with alive(groups, beacon):  # from the start: models take longer to build than other worlds wait in silence
+        trainer = Trainer(config, groups, objective, beacon)
+        resumed = trainer.resume()
+        if trainer.step_index < config.run.steps:
+            exchange.check_export(config, trainer.companions)
+        leave(config.run.dir / run_record.FILE, run_record.of(config, trainer.manifest()), groups)
+        with trainer.feed:
+            if trainer.held_out and not resumed and (before := _measured(trainer, before=True)):
+                leave(config.run.dir / "before.json", before, groups)
+            with (
+                MetricsWriter(
+                    config.run.dir, enabled=groups.rank == 0, resume_step=trainer.step_index, run_id=config.run_id
+                ) as writer,
+                display.StageProgress(title or config.run_id, config.run.steps, enabled=groups.rank == 0) as progress,
+            ):
+
+                def report(step: int, row: Mapping[str, float]) -> None:
+                    writer.write(step, row)
+                    progress.update(step, row)
+
+                trainer.run(report)
+    return trainer
 
 
 def _ended(config: Config) -> dict[str, Any]:
@@ -105,11 +112,18 @@ def _ended(config: Config) -> dict[str, Any]:
     return {name: manifest[name] for name in ("run_id", "step", "checkpoint_id")}
 
 
-def _measured(trainer: Trainer) -> dict[str, Any]:
-    """What the weights are worth now, and ``measure_s``, the seconds it took to find out."""
-    start = time.perf_counter()
-    measured = trainer.measure(trainer.config.evaluation.final_samples)
-    return measured | {"measure_s": time.perf_counter() - start}
+def _measured(trainer: Trainer, before: bool = False) -> dict[str, Any]:
+    """What the weights are worth now, and ``measure_s``, the seconds it took to find out.
+
+    Before the first step nothing is measured that the stage does not change or that another stage has measured.
+    """
+    start, measured = time.perf_counter(), {}
+    if not before or trainer.teachers is not None:
+        measured |= trainer.measure(trainer.config.evaluation.final_samples)
+    measured |= trainer.measure_acceptance()  # of a stage that boosts MTP heads, which has no teachers
+    if not before:
+        measured |= trainer.measure_teachers(trainer.config.evaluation.samples)
+    return measured | {"measure_s": time.perf_counter() - start} if measured else {}
 
 
 def versions() -> dict[str, str]:
@@ -120,11 +134,7 @@ def versions() -> dict[str, str]:
 def leave(path: Path, tree: Mapping[str, Any], groups: Groups) -> None:
     """Written whole or not at all, by the first rank; raises :class:`files.WriteError`."""
     if groups.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            atomically(path, lambda file: file.write_text(json.dumps(tree) + "\n"))
-        except OSError as error:
-            raise WriteError(path, "it", error) from None
+        atomically(path, lambda file: file.write_text(json.dumps(tree) + "\n"))
 
 
 @contextmanager

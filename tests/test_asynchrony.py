@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -13,19 +14,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from small_stages import stage, task, taught, teach
 
-from megatron_mopd import in_flight, parallel
-from megatron_mopd.asynchrony import signs
+from megatron_mopd import in_flight, parallel, presets, train
+from megatron_mopd.asynchrony import contract, signs
 from megatron_mopd.asynchrony.directory import Exchange
 from megatron_mopd.asynchrony.rollout_world import RolloutWorld
 from megatron_mopd.asynchrony.scoring_world import ScoringWorld
+from megatron_mopd.asynchrony.waiting import alive, on_first
 from megatron_mopd.asynchrony.world import Job, World
-from megatron_mopd.checkpoint import read_manifest
+from megatron_mopd.asynchrony.worlds_feed import of_training
+from megatron_mopd.checkpoint import CheckpointError, read_manifest
 from megatron_mopd.config import Asynchrony, Config, ConfigurationError, Parallel, build_config
 from megatron_mopd.metrics import read, untimed
 from megatron_mopd.parallel import Groups
@@ -33,51 +38,25 @@ from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.records import Policy, Prompt, Provenance, Rollout, Sampling
 from megatron_mopd.settings import overlay
 from megatron_mopd.sources import RolloutSource
-from megatron_mopd.train import run_stage
+from megatron_mopd.tokenizer import build_tokenizer
 from megatron_mopd.trainer import Trainer
 
 
-def task(domain: str, split: str, size: int, template: str) -> dict[str, Any]:
-    return {
-        "type": "reasoning_gym",
-        "domain": domain,
-        "family": "spell_backward",
-        "template": template,
-        "size": size,
-        "split": split,
-        "options": {"min_word_len": 3, "max_word_len": 5},
-    }
-
-
 def tree(directory: Path, **changes: Any) -> dict[str, Any]:
-    """A stage of seconds: two domains, a student of three layers."""
-    common = {
-        "run": {"dir": str(directory), "id": "same", "steps": 4, "seed": 7},
-        "model": {"pattern": "M*E", "max_sequence_length": 24},
-        "data": {"train": [task("plain", "train", 40, "{word}"), task("loud", "train", 40, "! {word}")]},
-        "rollout": {"prompts_per_step": 8, "max_new_tokens": 6, "batch_size": 8},
-        "batching": {"micro_batch_size": 8, "sequences_per_step": 8},
-        "optimizer": {"lr": 3e-3, "warmup_steps": 0},
+    own = {
+        "run": {"id": "same", "steps": 4},
+        "rollout": {"prompts_per_step": 8, "max_new_tokens": 6},
+        "batching": {"micro_batch_size": 8},
+        "optimizer": {"lr": 3e-3},
         "asynchrony": {"silence_s": 20.0, "standstill_s": 60.0},
     }
-    return overlay(common, changes)
-
-
-def teach(root: Path, groups: Groups) -> dict[str, Any]:
-    """A student's start and a teacher; what a MOPD stage adds to the tree to use them."""
-    sft = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}}
-    for steps, name in ((1, "base"), (4, "expert")):
-        run_stage(
-            build_config(tree(root / name, **sft, run={"dir": str(root / name), "steps": steps, "id": name})), groups
-        )
-    return {
-        "model": {"pattern": "M*E", "max_sequence_length": 24, "initial": str(root / "base" / "checkpoints")},
-        "teachers": {"expert": {"checkpoint": str(root / "expert" / "checkpoints"), "domains": ["plain", "loud"]}},
-    }
+    return stage(directory, own, changes)
 
 
 def teach_on_a_rank(root: Path) -> dict[str, Any]:
-    return teach(root, parallel.initialize(Parallel(), 0))
+    """A student's start and a teacher; what a MOPD stage adds to the tree to use them."""
+    teach(root, tree, base=1, expert=4)
+    return taught(root, "base", expert=["plain", "loud"])
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +128,32 @@ def test_worlds_give_the_bits_of_the_inline_run(
     for name, value in weights(inline).items():
         assert torch.equal(value, weights(joined)[name]), name
     assert outcome.errors == {"rollout": None, "scoring": None}
+
+
+def test_training_reads_what_the_scoring_world_holds_to_measure_and_for_nothing_else(
+    school: dict[str, Any], groups: Groups, tmp_path: Path
+) -> None:
+    held_out = {"data": {"held_out": [task("plain", "held_out", 4)]}}
+    inline = Trainer(of(tmp_path / "inline", school, held_out), groups)
+    joined = Trainer(of(tmp_path / "worlds", school, held_out, WORLDS), groups)
+    assert inline.teachers is not None and joined.teachers is not None
+    assert joined.teachers.ids == inline.teachers.ids and not joined.teachers._weights
+    measured = joined.measure(4)
+    assert measured == inline.measure(4) and measured["reverse_kl"] and joined.teachers._weights
+
+
+def test_a_teacher_that_says_not_who_it_is_is_refused_where_nobody_reads_it(
+    school: dict[str, Any], groups: Groups, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(school["teachers"]["expert"]["checkpoint"], copy)
+    (manifest,) = copy.glob("*/mopd_manifest.json")
+    tree = json.loads(manifest.read_text())
+    del tree["checkpoint_id"]
+    manifest.write_text(json.dumps(tree))
+    moved = {"teachers": {"expert": {"checkpoint": str(copy)}}}
+    with pytest.raises(ConfigurationError, match=r"teachers.expert.checkpoint = .*lacks checkpoint_id.*scoring world"):
+        Trainer(of(tmp_path / "run", school, moved, WORLDS), groups)
 
 
 def test_a_run_goes_on_from_its_checkpoint_in_any_mode(school: dict[str, Any], groups: Groups, tmp_path: Path) -> None:
@@ -327,6 +332,77 @@ def test_training_ends_when_nobody_draws(school: dict[str, Any], groups: Groups,
     assert left["ended"].startswith("WorldError: the rollout world") and left["doing"] == "waiting for batch 0"
 
 
+def test_training_gives_signs_before_it_has_built_anything(
+    school: dict[str, Any], groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign, seen = tmp_path / "run" / "exchange" / "training.json", []
+
+    def build(*args: Any) -> Any:
+        seen.append(json.loads(sign.read_text()))
+        raise ConfigurationError("no such model")
+
+    monkeypatch.setattr(train, "Trainer", build)
+    with pytest.raises(ConfigurationError):
+        train.run_stage(of(tmp_path / "run", school, WORLDS), groups)
+    assert seen[0]["doing"] == "starting" and seen[0]["ended"] is None
+    assert json.loads(sign.read_text())["ended"] == "ConfigurationError: no such model"
+
+
+def test_signs_of_an_earlier_start_are_no_beginning(tmp_path: Path) -> None:
+    """A file that a killed process left says that it lives; only one that changes counts."""
+    killed = signs.Beacon(tmp_path, "training", enabled=True)
+    killed.doing("updating at step 3")
+    watch = signs.Watch(tmp_path, "training", Asynchrony())
+    assert not watch.stirs and watch.life == killed.life
+    again = signs.Beacon(tmp_path, "training", enabled=True)
+    with again:
+        assert watch.stirs
+        with again:  # the inner block of two
+            pass
+        assert not watch.stirs and watch.finished
+    assert json.loads((tmp_path / "training.json").read_text())["ended"] == signs.FINISHED
+
+
+TEACHERS = {"teachers": {"t": {"checkpoint": "nowhere", "domains": ["plain", "loud"]}}}
+
+
+def blocked_on_a_rank(file: Path) -> list[str]:
+    """What this rank is told where the directory of the worlds cannot be made."""
+    groups = parallel.initialize(Parallel(), 0)
+    own = {"asynchrony": {"mode": "worlds", "directory": str(file)}}
+    config = build_config(tree(file.parent, **own, **TEACHERS))
+    with pytest.raises(signs.WorldError) as sign, alive(groups, of_training(config, groups)):
+        raise AssertionError("nothing can be begun")
+    with pytest.raises(signs.WorldError) as session:
+        on_first(groups, lambda: Exchange(config).begin("life", 0, 0, {}, {}))
+    return [str(sign.value), str(session.value)]
+
+
+def test_a_directory_that_cannot_be_written_is_said_on_all_ranks(ranks: Any, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    first, second = ranks(2, blocked_on_a_rank, file)
+    assert first == second
+    for said, name in zip(first, ("training.json", "session.json"), strict=True):
+        assert f"{file}/{name}: could not be written: " in said and "asynchrony.directory" in said
+
+
+def test_a_policy_that_cannot_be_published_says_what_makes_room(
+    school: dict[str, Any], groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(of(tmp_path / "run", school, WORLDS, {"rollout": {"lag": 2}}), groups)
+    feed: Any = trainer.feed
+    feed._publish(trainer.policy)
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_mopd.checkpoint_directory.write", full)
+    with pytest.raises(CheckpointError, match=r"No space.*set asynchrony.directory .*lower rollout.lag \(2\)") as said:
+        feed._publish(Policy(run_id="same", step=1))
+    assert "checkpoint.keep" not in str(said.value)
+
+
 def test_worlds_end_with_the_training_and_with_each_other(
     school: dict[str, Any], groups: Groups, tmp_path: Path
 ) -> None:
@@ -372,6 +448,9 @@ def test_a_shard_that_is_not_what_was_written_is_refused_by_its_name(
     draw = exchange.draws(session, "drawn")[0]
     with pytest.raises(ConfigurationError, match=rf"drawn/000000{draw}: this shard is refused.*Start all worlds again"):
         exchange.read(session, "drawn", draw)
+    with pytest.raises(ConfigurationError) as refused:
+        exchange.read(session, "drawn", draw)
+    assert "older checkpoint" not in str(refused.value)  # the way out of a checkpoint, of which there is none here
 
 
 def rollout() -> Rollout:
@@ -422,7 +501,58 @@ def test_a_world_of_another_configuration_is_refused(school: dict[str, Any], gro
     ended = pytest.raises(signs.WorldError, match="rollout world has ended")
     with beside(other, groups, RolloutWorld) as outcome, ended, trainer.feed:
         trainer.step()
-    assert isinstance(outcome.errors["rollout"], ProvenanceError) and "'max_new_tokens': 5" in str(outcome.errors)
+    assert isinstance(outcome.errors["rollout"], ProvenanceError)
+    assert "training began with rollout.max_new_tokens = 6, this world has 5" in str(outcome.errors)
+
+
+TABLE = {"train": "ultra-ptq"}
+DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
+    "context": ({"model": {"max_sequence_length": 32}}, r"model\.max_sequence_length = 24, this world has 32"),
+    "layers": ({"model": {"pattern": "M*EM"}}, r"model\.pattern = 'M\*E', this world has 'M\*EM'"),
+    "width": ({"model": {"override": {"hidden_size": 96}}}, r"model\.override\.hidden_size = None, this world has 96"),
+    "quantization": ({"quantization": TABLE}, r"quantization\.train = None, this world has 'ultra-ptq'"),
+    "precision": ({"run": {"precision": "bf16"}}, r"precision = 'fp32', this world has 'bf16'"),
+    "temperature": ({"rollout": {"temperature": 0.5}}, r"temperature = 1\.0, this world has 0\.5"),
+    "a teacher's layers": (
+        {"teachers": {"t": {"model": {"pattern": "MM", "max_sequence_length": 24}}}},
+        r"teachers\.t\.model\.pattern = 'M\*E', this world has 'MM'",
+    ),
+    "a teacher's precision": ({"nvfp4": ("output_weight",)}, r"teacher 't' .* nvfp4 = \[\], .* \['output_weight'\]"),
+}
+
+
+def told(directory: Path, change: dict[str, Any]) -> tuple[Exchange, dict[str, Any]]:
+    """What a scoring world of that configuration compares; ``nvfp4`` is that of its teacher."""
+    teachers = {"t": {"checkpoint": "nowhere", "domains": ["plain", "loud"]}}
+    settings = overlay({"teachers": teachers}, {k: v for k, v in change.items() if k != "nvfp4"})
+    config = build_config(tree(directory, **settings))
+    precision = presets.resolve_precision(config.run.precision, torch.device("cpu"))
+    scorers: Any = SimpleNamespace(ids={"t": "id"}, nvfp4={"t": change.get("nvfp4", ())}, routing={"plain": "t"})
+    common = contract.common(config, build_tokenizer(config.tokenizer), precision)
+    return Exchange(config), common | contract.of_teachers(config, scorers)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_changes_a_draw_or_a_score_is_refused_with_both_values(tmp_path: Path, name: str) -> None:
+    change, message = DIFFERENT[name]
+    exchange, ours = told(tmp_path, {})
+    exchange.begin("life", 0, 0, {"run_id": "same"}, ours)
+    session = exchange.session()
+    assert session is not None
+    contract.compare(exchange, session, ours)
+    with pytest.raises(ProvenanceError, match=rf"session\.json: .*{message}"):
+        contract.compare(exchange, session, told(tmp_path, change)[1])
+
+
+def test_layout_and_start_of_the_weights_are_a_worlds_own(tmp_path: Path) -> None:
+    exchange, ours = told(tmp_path, {})
+    exchange.begin("life", 0, 0, {"run_id": "same"}, ours)
+    session = exchange.session()
+    assert session is not None
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    model = {"pattern": "M|*E", "initial": "elsewhere", "override": recompute}
+    own = {"model": model, "parallel": {"pipeline": 2}}
+    contract.compare(exchange, session, told(tmp_path, own)[1])
 
 
 WRONG = {

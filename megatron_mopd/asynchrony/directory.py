@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mopd import checkpoint_directory, in_flight
-from megatron_mopd.asynchrony.signs import WorldError
+from megatron_mopd.asynchrony.signs import WorldError, unwritable
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.in_flight import Item
 from megatron_mopd.records import ScoredRollout
@@ -47,12 +47,15 @@ class Exchange:
     # ------------------------------------------------------------------ sessions
 
     def begin(self, life: str, step: int, draw: int, policy: dict[str, Any], contract: dict[str, Any]) -> Session:
-        """A new session; those before it are cleared away."""
+        """A new session; those before it are cleared away. Raises :class:`WorldError` where it cannot be written."""
         session = Session(id=uuid.uuid4().hex, life=life, step=step, draw=draw, policy=policy, contract=contract)
-        self.root.mkdir(parents=True, exist_ok=True)
         temporary = self.root / ".session.json"
-        checkpoint_directory.write(temporary, json.dumps(asdict(session)).encode())
-        temporary.replace(self.root / "session.json")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            checkpoint_directory.write(temporary, json.dumps(asdict(session)).encode())
+            temporary.replace(self.root / "session.json")
+        except OSError as error:
+            raise unwritable(self.root / "session.json", error) from None
         for old in self.root.glob(f"{_FOLDER}*"):
             if old != self.folder(session):  # a world that still writes there makes it again, for the next start
                 shutil.rmtree(old, ignore_errors=True)
@@ -124,7 +127,8 @@ class Exchange:
             free = shutil.disk_usage(self.root).free
             raise WorldError(
                 f"{target}: the shard could not be written: {error}; {free:,} bytes are free there. Nothing of it is"
-                " left; make room and start the same command again"
+                " left; make room or set asynchrony.directory to another place for all worlds, and start the same"
+                " command again"
             ) from None
         return target
 
@@ -136,17 +140,20 @@ class Exchange:
         """The whole batch of a shard; raises :class:`ConfigurationError` for one that is damaged or in another's
         place."""
         path = self.place(session, kind, draw)
+        way_out = (
+            "Start all worlds again with their own commands: training goes on behind its last checkpoint, what lies"
+            " here is cleared and made anew"
+        )
         try:
-            (batch,) = in_flight.unpack(path)
+            (batch,) = in_flight.unpack(path, way_out)
             for item in batch:
                 record = (item.rollout if isinstance(item, ScoredRollout) else item).provenance
                 if record is None or record.draw != draw:
-                    raise ConfigurationError(f"it holds rollouts of batch {record and record.draw}")
-        except (ConfigurationError, ValueError) as error:
-            raise ConfigurationError(
-                f"{path}: this shard is refused, nothing is learned from it: {error}. Start all worlds again with their"
-                " own commands: training goes on behind its last checkpoint, what lies here is cleared and made anew"
-            ) from None
+                    raise ConfigurationError(f"it holds rollouts of batch {record and record.draw}. {way_out}")
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}: this shard is refused, nothing is learned from it: {error}") from None
+        except ValueError as error:
+            raise ConfigurationError(f"{path}: this shard is refused: it holds no batch ({error}). {way_out}") from None
         return batch
 
     def clear(self, session: Session, below: int) -> None:

@@ -35,8 +35,8 @@ class RolloutWorld(World):
         config = self.config = prepare(self.config, groups)
         self.tokenizer = build_tokenizer(config.tokenizer)
         vocab_size, context = self.tokenizer.vocab_size, config.model.max_sequence_length
-        precision = presets.resolve_precision(config.run.precision, groups.device)
-        self.model = student.build_model(config.model, config.parallel, groups, vocab_size, precision, mtp=False)
+        self.precision = presets.resolve_precision(config.run.precision, groups.device)
+        self.model = student.build_model(config.model, config.parallel, groups, vocab_size, self.precision, mtp=False)
         self.quantization = fake_quantization.of(config, self.model, groups)
         self.sampler = Sampler(self.model, groups, context, vocab_size, config.rollout.prefill_tokens)
         self.source = RolloutSource(config, groups, self.tokenizer, self.sampler)
@@ -44,7 +44,8 @@ class RolloutWorld(World):
 
     @property
     def contract(self) -> Mapping[str, Any]:
-        return contract.common(self.config, self.tokenizer) | contract.of_rollouts(self.config, self.source)
+        common = contract.common(self.config, self.tokenizer, self.precision)
+        return common | contract.of_rollouts(self.config, self.source)
 
     def find(self, session: Session) -> Job | None:
         draw = max(self.exchange.draws(session, DRAWN), default=session.draw - 1) + 1

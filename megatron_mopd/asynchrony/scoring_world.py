@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_mopd import in_flight, provenance, together
+from megatron_mopd import in_flight, presets, together
 from megatron_mopd.asynchrony import contract
 from megatron_mopd.asynchrony.directory import DRAWN, SCORED, Session
 from megatron_mopd.asynchrony.signs import Watch
@@ -24,8 +24,8 @@ class ScoringWorld(World):
 
     name = SCORING
 
-    def __init__(self, config: Config, groups: Groups) -> None:
-        super().__init__(config, groups)
+    def __init__(self, config: Config, groups: Groups, training: Watch | None = None) -> None:
+        super().__init__(config, groups, training)
         if not isinstance(config.objective, Mopd):
             raise ConfigurationError(
                 f"objective.type = {config.objective.type}: nothing is scored by teachers, so training waits for no"
@@ -36,13 +36,13 @@ class ScoringWorld(World):
     def build(self) -> None:
         self.config = prepare(self.config, self.groups)
         self.tokenizer = build_tokenizer(self.config.tokenizer)
+        self.precision = presets.resolve_precision(self.config.run.precision, self.groups.device)
         self.teachers = TeacherPool(self.config, self.groups, self.tokenizer)
 
     @property
     def contract(self) -> Mapping[str, Any]:
-        routing = provenance.routing_sha(self.teachers.routing)
-        scores = contract.of_teachers(self.teachers.ids, self.teachers.nvfp4, routing)
-        return contract.common(self.config, self.tokenizer) | scores
+        common = contract.common(self.config, self.tokenizer, self.precision)
+        return common | contract.of_teachers(self.config, self.teachers)
 
     @property
     def watches(self) -> list[Watch]:

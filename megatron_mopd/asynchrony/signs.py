@@ -29,13 +29,25 @@ class WorldError(RuntimeError):
     """Another world is gone, or what it left is not what it should be; names it and the way out."""
 
 
+def unwritable(path: Path, error: OSError) -> WorldError:
+    """The error about a file that worlds need to find each other."""
+    return WorldError(
+        f"{path}: could not be written: {error.strerror or error}; other worlds find this one by it. Make room, or set"
+        " asynchrony.directory for all worlds to a place that can be written, and start the same command again"
+    )
+
+
 class Beacon:
-    """Says that a world lives and what it is at; a context manager around all it does."""
+    """Says that a world lives and what it is at; a context manager around all it does.
+
+    Where one such block stands in another, signs begin with the outer and end with the inner one.
+    """
 
     def __init__(self, directory: Path, name: str, enabled: bool) -> None:
         self.name, self.path, self.enabled = name, directory / f"{name}.json", enabled
         self.life, self._beats, self._works, self._doing = uuid.uuid4().hex, 0, 0, "starting"
         self._ended: str | None = None
+        self._begun = False
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"signs of {name}", daemon=True)
 
@@ -46,16 +58,23 @@ class Beacon:
         self._write()
 
     def __enter__(self) -> Self:
-        if self.enabled:
+        """Raises :class:`WorldError` where no sign can be left."""
+        if self._begun or not self.enabled:
+            return self
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._write()
-        if self.enabled:
-            self._thread.start()
+            self._leave()
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+        self._begun = True
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._ended is not None:
+            return
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -70,6 +89,12 @@ class Beacon:
     def _write(self) -> None:
         if not self.enabled:
             return
+        try:
+            self._leave()
+        except OSError as error:  # a full disk: a beat is missed, and the work itself says what it could not write
+            log.warning("%s: no sign of life could be left: %s", self.path, error)
+
+    def _leave(self) -> None:
         tree = {
             "world": self.name,
             "life": self.life,
@@ -81,11 +106,8 @@ class Beacon:
         }
         with self._lock:  # the thread and the work write the same temporary file
             temporary = self.path.with_name(f".{self.path.name}.{self.life}")
-            try:
-                temporary.write_text(json.dumps(tree))
-                temporary.replace(self.path)
-            except OSError as error:  # a full disk: a beat is missed, and the work itself says what it could not write
-                log.warning("%s: no sign of life could be left: %s", self.path, error)
+            temporary.write_text(json.dumps(tree))
+            temporary.replace(self.path)
 
 
 class Watch:
@@ -94,7 +116,7 @@ class Watch:
     def __init__(self, directory: Path, name: str, settings: Asynchrony) -> None:
         self.name, self.path, self.settings = name, directory / f"{name}.json", settings
         self._seen: dict[str, Any] = {}
-        self._seen = self._read()
+        self._first = self._seen = self._read()
         # What had ended before this watch began is of the past: the world may be about to start again.
         self._past = self._seen.get("life") if self._seen.get("ended") else None
         self._beat_at = self._work_at = time.monotonic()
@@ -125,6 +147,13 @@ class Watch:
                 f" (asynchrony.standstill_s = {self.settings.standstill_s:g}): it hangs, or the limit is too low for"
                 f" this piece of work. {self._way_out}"
             )
+
+    @property
+    def stirs(self) -> bool:
+        """Whether the world has given a sign since this watch began and has not ended: a file alone may be old."""
+        found = self._read()
+        moved = any(_count(found, what) != _count(self._first, what) for what in ("beats", "works"))
+        return moved and not found.get("ended")
 
     @property
     def life(self) -> str | None:

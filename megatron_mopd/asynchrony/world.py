@@ -11,7 +11,7 @@ from typing import Any
 from megatron_mopd.asynchrony import contract
 from megatron_mopd.asynchrony.directory import Exchange, Session
 from megatron_mopd.asynchrony.signs import Beacon, Watch, WorldError
-from megatron_mopd.asynchrony.waiting import awaited
+from megatron_mopd.asynchrony.waiting import alive, awaited
 from megatron_mopd.asynchrony.worlds_feed import TRAINING
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.parallel import Groups
@@ -37,7 +37,8 @@ class World(ABC):
 
     name: str
 
-    def __init__(self, config: Config, groups: Groups) -> None:
+    def __init__(self, config: Config, groups: Groups, training: Watch | None = None) -> None:
+        """``training`` is the watch of who has waited for it already; a new one when left out."""
         if config.asynchrony.mode != "worlds":
             raise ConfigurationError(
                 f"asynchrony.mode = {config.asynchrony.mode}: the training draws and scores by itself and waits for no"
@@ -46,7 +47,7 @@ class World(ABC):
         self.config, self.groups = config, groups
         self.exchange = Exchange(config)
         self.beacon = Beacon(self.exchange.root, self.name, enabled=groups.rank == 0)
-        self.training = Watch(self.exchange.root, TRAINING, config.asynchrony)
+        self.training = training or Watch(self.exchange.root, TRAINING, config.asynchrony)
         self.session: Session | None = None
 
     @abstractmethod
@@ -73,7 +74,7 @@ class World(ABC):
 
     def run(self) -> None:
         """Work until the training has finished; raises :class:`WorldError` when a partner is gone."""
-        with self.beacon:
+        with alive(self.groups, self.beacon):
             self.build()
             while self._go_on():
                 pass

@@ -9,13 +9,11 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
-import torch.distributed as dist
-
-from megatron_mopd import checkpoint, in_flight, provenance, together
+from megatron_mopd import checkpoint, in_flight, presets, provenance, together
 from megatron_mopd.asynchrony import contract
 from megatron_mopd.asynchrony.directory import DRAWN, SCORED, Exchange, Session
 from megatron_mopd.asynchrony.signs import Beacon, Watch
-from megatron_mopd.asynchrony.waiting import awaited
+from megatron_mopd.asynchrony.waiting import alive, awaited, on_first
 from megatron_mopd.config import Config
 from megatron_mopd.in_flight import Item
 from megatron_mopd.parallel import Groups
@@ -26,6 +24,12 @@ from megatron_mopd.tokenizer import ChatTokenizer
 from megatron_mopd.update import Learner
 
 TRAINING, ROLLOUT, SCORING = "training", "rollout", "scoring"
+
+
+def of_training(config: Config, groups: Groups) -> Beacon:
+    """The signs of a training's life; none where no other world waits for them."""
+    enabled = groups.rank == 0 and config.asynchrony.mode == "worlds"
+    return Beacon(Exchange(config).root, TRAINING, enabled)
 
 
 class WorldsFeed:
@@ -44,25 +48,26 @@ class WorldsFeed:
         source: RolloutSource,
         learner: Learner,
         manifest: Callable[[], dict[str, Any]],
+        beacon: Beacon | None,
     ) -> None:
         self.config, self.groups, self.source = config, groups, source
         self.learner, self.manifest = learner, manifest
         self.in_flight: deque[list[Item]] = deque()
         self.exchange = Exchange(config)
         self.kind = DRAWN if teachers is None else SCORED
-        self.contract = contract.common(config, tokenizer) | contract.of_rollouts(config, source)
+        precision = presets.resolve_precision(config.run.precision, groups.device)
+        self.contract = contract.common(config, tokenizer, precision) | contract.of_rollouts(config, source)
         partners = [ROLLOUT]
         if teachers is not None:
-            routing = provenance.routing_sha(teachers.routing)
-            self.contract |= contract.of_teachers(teachers.ids, teachers.nvfp4, routing)
+            self.contract |= contract.of_teachers(config, teachers)
             partners.append(SCORING)
-        self.beacon = Beacon(self.exchange.root, TRAINING, enabled=groups.rank == 0)
+        self.beacon = beacon or of_training(config, groups)
         self.watches = [Watch(self.exchange.root, name, config.asynchrony) for name in partners]
         self.session: Session | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(self.beacon)
+        self._stack.enter_context(alive(self.groups, self.beacon))
         return self
 
     def __exit__(
@@ -103,16 +108,16 @@ class WorldsFeed:
                 state={},
                 manifest=self.manifest(),
                 keep=self.config.rollout.lag + 1,
+                room=f"set asynchrony.directory to another place for all worlds, or lower rollout.lag"
+                f" ({self.config.rollout.lag}), of which one more policies are kept",
             )
 
     def _begin(self, policy: Policy) -> Session:
         draw = policy.step + len(self.in_flight)
-        told: list[Any] = [None]
-        if self.groups.rank == 0:
-            whose = {name: value for name, value in asdict(policy).items() if name != "step"}
-            told[0] = self.exchange.begin(self.beacon.life, policy.step, draw, whose, self.contract)
-        dist.broadcast_object_list(told, src=0, group=self.groups.world)
-        return told[0]
+        whose = {name: value for name, value in asdict(policy).items() if name != "step"}
+        return on_first(
+            self.groups, lambda: self.exchange.begin(self.beacon.life, policy.step, draw, whose, self.contract)
+        )
 
     def _receive(self, draw: int) -> list[Item]:
         """This rank's share of a batch, once it is there and whole; what was before it is cleared away."""

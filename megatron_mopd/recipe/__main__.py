@@ -4,6 +4,8 @@ Starts torchrun with the recipe's processes, runs every stage that is not finish
 graph and the report. The same command goes on where a stopped one was. --from runs a stage and all that depend on it
 anew, once, and moves what they held to DIR/set_aside.
 
+Worlds that draw and score for its stages (section worlds) are started beside the training and end with it.
+
 @FILE in place of a word stands for the words in a file, one a line; lines that begin with # are comments.
 
 On several machines start it on each, with the variables of examples/launch.sh: NNODES, NODE_RANK, MASTER_ADDR,
@@ -17,34 +19,25 @@ import argparse
 import os
 import shlex
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from megatron_mopd import checkpoint_directory, display
 from megatron_mopd.config import ConfigurationError
-from megatron_mopd.recipe import anew
+from megatron_mopd.recipe import anew, beside, processes
 from megatron_mopd.recipe.schema import Recipe, is_skipped, load_recipe, stage_config
+from megatron_mopd.recipe.words import Parser
 
 PORT = "29500"
-
-
-class _Parser(argparse.ArgumentParser):
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """The word on a line of an @FILE."""
-        return [] if arg_line.lstrip().startswith("#") or not arg_line.strip() else [arg_line.strip()]
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     first, *rest = (__doc__ or "").split("\n\n")
-    name = "python -m megatron_mopd.recipe"
-    made = _Parser(prog=name, description=first, epilog=" ".join(rest), fromfile_prefix_chars="@", allow_abbrev=False)
+    made = Parser(prog="python -m megatron_mopd.recipe", description=first, epilog=" ".join(rest))
     made.add_argument("recipe", type=Path, metavar="CONFIG.yaml")
     made.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value")
     made.add_argument("--from", dest="anew", metavar="STAGE", help="run it and all that depend on it anew, once")
@@ -63,15 +56,20 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         recipe = _checked(arguments)
         line = torchrun_line(recipe, arguments, os.environ)
+        worlds = _worlds(recipe, arguments, os.environ)
         if os.environ.get("DRY_RUN") == "1":
-            display.note(0, shlex.join(line))
+            for command in (processes.Command(words=line), *worlds.values()):
+                display.note(0, command.line)
             return 0
         if arguments.anew is not None and os.environ.get("NODE_RANK", "0") == "0":
-            _set_aside(recipe, arguments.anew)
+            anew.begin_at(recipe, arguments.anew)
+        if worlds:
+            with anew.alone(recipe.dir):  # worlds take no lock, and would mix with those of a run that is still there
+                pass
     except ConfigurationError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    status = _run(line)
+    status = processes.run(processes.Command(words=line), worlds)
     if status:
         sys.stderr.write(f"{what_is_safe(recipe, status, _again(words))}\n")
     return status if status >= 0 else 128 - status
@@ -101,6 +99,33 @@ def torchrun_line(recipe: Recipe, arguments: argparse.Namespace, environment: Ma
     return line + (["--until", arguments.until] if arguments.until is not None else [])
 
 
+def _worlds(
+    recipe: Recipe, arguments: argparse.Namespace, environment: Mapping[str, str]
+) -> dict[str, processes.Command]:
+    """World -> the command that starts it beside the training; of several machines the user says which has them."""
+    given = (recipe, arguments.recipe, arguments.overrides, arguments.until)
+    if environment.get("NNODES", "1") != "1":
+        if environment.get("NODE_RANK", "0") == "0":
+            _tell_of_worlds(*given)
+        return {}
+    beside.require_section(*given)
+    commands = {}
+    for name, words in beside.words(*given).items():
+        world = beside.section(recipe, name)
+        assert world is not None, "beside.check has seen it"
+        line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world.processes}", "--standalone"]
+        line.append(f"--max_restarts={environment.get('MAX_RESTARTS', '0')}")
+        seen = {} if world.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, world.devices))}
+        commands[name] = processes.Command(words=[*line, *words], environment=seen)
+    return commands
+
+
+def _tell_of_worlds(recipe: Recipe, file: Path, overrides: Sequence[str], until: str | None) -> None:
+    """Name the commands that nobody but the user can start."""
+    for line in beside.by_hand(recipe, file, overrides, until):
+        display.note(0, f"to be started beside this, where its devices are: {line}")
+
+
 def what_is_safe(recipe: Recipe, status: int, again: str) -> str:
     """After a failure: what is finished, where the stage goes on, and the command that does it."""
     finished = []
@@ -121,10 +146,12 @@ def what_is_safe(recipe: Recipe, status: int, again: str) -> str:
         unfinished = "only the report is missing"
     kept = f"finished and safe: {', '.join(finished)}; " if finished else ""
     ended = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+    # torchrun has one status for a setting that cannot work, which the same command meets again, and for a killed rank.
+    go_on = "Go on with" if status < 0 else "Once the reason is removed, go on with"
     return (
         f"stopped with {ended}; the reason is above, of the first process that failed.\n"
         f"{recipe.dir}: {kept}{unfinished}; nothing else is lost.\n"
-        f"Go on with: {again}"
+        f"{go_on}: {again}"
     )
 
 
@@ -152,12 +179,8 @@ def _checked(arguments: argparse.Namespace) -> Recipe:
             )
     for stage in recipe.stages:
         stage_config(recipe, stage)
+    beside.check(recipe)
     return recipe
-
-
-def _set_aside(recipe: Recipe, name: str) -> None:
-    for source, target in anew.set_aside(recipe, name):
-        display.note(0, f"--from {name}: {source} is kept as {target}")
 
 
 def _one_of_many(arguments: argparse.Namespace) -> int:
@@ -167,10 +190,10 @@ def _one_of_many(arguments: argparse.Namespace) -> int:
 
     with reported():
         recipe = _checked(arguments)
+        if os.environ["RANK"] == "0":
+            _tell_of_worlds(recipe, arguments.recipe, arguments.overrides, arguments.until)
         first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if arguments.anew is not None and os.environ["RANK"] == "0" and first_start:
-            _set_aside(recipe, arguments.anew)  # the others wait for this process before they read anything
-        runner.carry_out(recipe, arguments.until)
+        runner.carry_out(recipe, arguments.until, begin_at=arguments.anew if first_start else None)
     return 0
 
 
@@ -183,36 +206,6 @@ def _again(words: Sequence[str]) -> str:
         else:
             kept.append(word)
     return shlex.join(["python", "-m", "megatron_mopd.recipe", *kept])
-
-
-def _run(line: Sequence[str]) -> int:
-    """Run torchrun in the foreground; signals that end this process end it first, as torchrun sees fit."""
-    environment = dict(os.environ)
-    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # mcore's order of communication before computation
-    if not torch.cuda.is_available():
-        environment.setdefault("OMP_NUM_THREADS", "1")
-    child = subprocess.Popen(line, env=environment)
-    with _passed_on(child):
-        return child.wait()
-
-
-@contextmanager
-def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM and SIGHUP reach ``child`` too; a terminal sends it Ctrl-C by itself."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
-
-    def stay(number: int, frame: FrameType | None) -> None:
-        """Wait for torchrun, which has the signal already."""
-
-    handlers = {signal.SIGTERM: pass_on, signal.SIGHUP: pass_on, signal.SIGINT: stay}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
