@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,36 +12,31 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from scripts import loaded
 
-from megatron_mopd import parallel, plots, runner
+from megatron_mopd import gradient_probe, parallel, plots, runner
 from megatron_mopd.config import ConfigurationError, Mopd, Parallel
 from megatron_mopd.objectives.mopd import mopd_loss
+from megatron_mopd.recipe import ablations
 from megatron_mopd.records import Counts, MicroBatch
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("staleness", ROOT / "tools" / "staleness.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded("tools/staleness.py")
 
 
-def test_every_lag_runs_in_both_forms_and_lag_0_in_its_only_one(tool: ModuleType) -> None:
+def test_every_lag_is_trained_in_both_forms_and_lag_0_in_its_only_one(tool: ModuleType) -> None:
     found = tool.variants([0, 1, 4, 8], 3)
     assert len(found) == 21 == len({v.name for v in found})
-    assert [(v.lag, v.corrected) for v in found if v.seed == 2] == [
-        (8, True),
-        (8, False),
-        (4, True),
-        (4, False),
-        (1, True),
-        (1, False),
-        (0, True),
+    assert [(v.lag, v.form) for v in found if v.seed == 2] == [
+        (8, "corrected"),
+        (8, "uncorrected"),
+        (4, "corrected"),
+        (4, "uncorrected"),
+        (1, "corrected"),
+        (1, "uncorrected"),
+        (0, "corrected"),
     ]
 
 
@@ -62,67 +55,68 @@ def micro_batch() -> MicroBatch:
     )
 
 
-def test_without_correction_old_tokens_count_as_if_they_were_new(tool: ModuleType) -> None:
-    settings = Mopd(importance_low=0.9, importance_high=1.1)  # so narrow that Eq. 3 masks most of these tokens
+def test_what_each_form_knows_of_the_age_of_a_token() -> None:
+    """Against the gradients of Eq. 3 by hand; bounds so narrow that it masks most of these tokens."""
+    settings = Mopd(importance_low=0.9, importance_high=1.1, clip_low=0.01, clip_high=0.01)
     theta = -3 * torch.rand(12, generator=torch.Generator().manual_seed(2))
     counts, batch = Counts(tokens=12, sequences=2), micro_batch()
+    assert batch.teacher_logprobs is not None and batch.behav_logprobs is not None
     gradients = {}
-    for name in ("corrected", "uncorrected"):
+    for name, form in gradient_probe.FORMS.items():
         logprobs = theta.clone().requires_grad_()
-        output = getattr(tool, name)(settings)(logprobs, batch, counts)
+        output = form(settings)(logprobs, batch, counts)
         output.loss.backward()
         gradients[name] = logprobs.grad
-        if name == "uncorrected":
+        if name != "corrected":
             assert torch.equal(output.per_token["importance"], torch.ones(12))
             assert output.per_token["mask"].min() == 1
-    assert batch.teacher_logprobs is not None
-    torch.testing.assert_close(gradients["uncorrected"], -(batch.teacher_logprobs - theta) / 12)
+    torch.testing.assert_close(gradients["recomputed"], -(batch.teacher_logprobs - theta) / 12)
+    torch.testing.assert_close(gradients["uncorrected"], -(batch.teacher_logprobs - batch.behav_logprobs) / 12)
     logprobs = theta.clone().requires_grad_()
     mopd_loss(logprobs, batch, settings, counts).loss.backward()
     assert torch.equal(gradients["corrected"], logprobs.grad)  # type: ignore[arg-type]
     assert (gradients["corrected"] == 0).sum() > 6
 
 
-def runs(tool: ModuleType, **changed: float) -> dict[str, Any]:
+def measured(tool: ModuleType, **changed: float) -> dict[str, Any]:
     """Numbers that keep every promise, but for ``lag_form_what=value``."""
     rows = []
-    for variant in tool.variants([0, 4, 8], 3):
-        row = dataclasses.asdict(variant) | {"recovery": 0.9 + 0.02 * variant.seed, "recovery_by_domain": {"a": 0.9}}
-        row["cosine"] = 1.0 if not variant.lag else 0.8 if variant.corrected else 0.7
+    for variant in tool.variants([0, 4, 8], 3, gradient_probe.FORMS):
+        trained = variant.form in tool.TRAINED
+        row = dataclasses.asdict(variant) | {"cosine": 0.7 if variant.form == "uncorrected" else 0.8}
+        row |= {"recovery": 0.9 + 0.02 * variant.seed if trained else None, "recovery_by_domain": {"a": 0.9}}
         for name, value in changed.items():
             lag, form, what = name.split("_")
-            if (f"lag{variant.lag}", "yes" if variant.corrected else "no") == (lag, form):
+            if (f"lag{variant.lag}", variant.form) == (lag, form):
                 row[what] = value
         rows.append(row)
     return {"runs": rows, "teachers": {"a": 0.99}}
 
 
 def test_the_promises_are_checked(tool: ModuleType) -> None:
-    assert tool.judge(runs(tool)) == []
-    assert tool.judge(runs(tool, lag8_no_recovery=0.1)) == []  # without correction it may fail: that is the point
-    assert tool.judge(runs(tool, lag4_yes_recovery=0.89)) == []  # within the spread of lag 0, 0.04
-    (failure,) = tool.judge(runs(tool, lag4_yes_recovery=0.87))
+    assert tool.judge(measured(tool)) == []
+    assert tool.judge(measured(tool, lag8_uncorrected_recovery=0.1)) == []  # without correction it may fail
+    assert tool.judge(measured(tool, lag8_recomputed_cosine=0.9)) == []
+    assert tool.judge(measured(tool, lag4_corrected_recovery=0.89)) == []  # within the spread of lag 0, 0.04
+    (failure,) = tool.judge(measured(tool, lag4_corrected_recovery=0.87))
     assert "lag 4, corrected, recovers 5.0 points less than lag 0" in failure and "within 4.0" in failure
-    (failure,) = tool.judge(runs(tool, lag8_no_cosine=0.81))
+    (failure,) = tool.judge(measured(tool, lag8_uncorrected_cosine=0.81))
     assert "lag 8: cosine 0.8000 corrected, 0.8100 not" in failure
 
 
 def test_the_picture_and_the_table_can_be_drawn(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = runs(tool)
+    tree = measured(tool)
     plots.save(tool.picture(tree), tmp_path / "staleness.png")
     assert (tmp_path / "staleness.png").read_bytes().startswith(b"\x89PNG")
-    figure = tool.picture(tree)
-    recovery, cosine = figure.axes
-    assert [line.get_label() for line in recovery.lines if not line.get_label().startswith("_")] == [
-        "uncorrected",
-        "corrected",
-    ]
-    assert len(cosine.lines) == 2 * (1 + 3)  # a line and the points of each lag
+    recovery, cosine = tool.picture(tree).axes
+    for axes, names in ((recovery, {"corrected", "uncorrected"}), (cosine, set(gradient_probe.FORMS))):
+        assert {label for line in axes.lines if not (label := str(line.get_label())).startswith("_")} == names
+        assert len(axes.lines) == len(names) * (1 + 3)  # a line and the points of each lag
     tool.show(tree)
     shown = capsys.readouterr()
-    assert "on-policy" in shown.out + shown.err
+    assert all(word in shown.out + shown.err for word in ("on-policy", "recomputed", "0.700 0.700 0.700"))
 
 
 def source(domain: str, template: str, split: str, size: int) -> dict[str, Any]:
@@ -181,9 +175,11 @@ def test_runs_of_a_recipe_leave_what_its_report_reads_and_go_on(tool: ModuleType
         tool.gather(made, chosen)
     teacher_is_right(4)
     tree = tool.gather(made, chosen)
-    assert [(r["lag"], r["corrected"], r["seed"]) for r in tree["runs"]] == [(1, True, 0), (1, False, 0), (0, True, 0)]
-    corrected, uncorrected, fresh = tree["runs"]
-    assert -1 <= uncorrected["cosine"] < 1 and 0 < corrected["cosine"] < 1 and fresh["cosine"] == 1
+    assert [(r["lag"], r["form"]) for r in tree["runs"]] == [*((1, f) for f in gradient_probe.FORMS), (0, "corrected")]
+    assert all(-1 < run["cosine"] < 1 for run in tree["runs"])
+    assert [run["form"] for run in tree["runs"] if run["recovery"] is None] == ["recomputed"]
+    assert not ablations.foreign(made, tree) and set(tree["runs"][0]["weights"]) == {"base", "expert"}
+    assert not list((tmp_path / "runs" / "ablations").rglob("policies"))
     assert set(tree["teachers"]) == {"plain", "loud"} and tree["settings"]["steps"] == 4
     files = sorted((tmp_path / "runs" / "ablations").rglob("staleness.json"))
     before = [file.stat().st_mtime_ns for file in files]

@@ -3,16 +3,15 @@
     python tools/staleness.py examples/recipe.yaml [--stage mopd1] [--steps 80] [--processes 2] [[STAGE:]key=value ...]
 
 Run it after the recipe, whose student and teachers it takes; the recipe's own stages are only read. Lag 0 is on-policy;
-at lag n the rollouts of a step are n steps old. *Corrected* is Eq. 3 as the stage has it: a token counts c_t =
-pi_prox / pi_behav times, and not at all outside IcePop's bounds. *Uncorrected* takes pi_behav for pi_prox, so that c_t
-is 1 and nothing is masked: old rollouts are learned from as if they were new. Beside recovery it measures, in the
-middle of each corrected run and at the same weights for both forms, the cosine between the gradient from rollouts of
-the policy that is ``lag`` steps old and the on-policy gradient: ``--probe`` sequences each, of the same prompts under
-the same noise (the numbers that choose the tokens), so that they differ by what the policies do and not by luck.
+at lag n the rollouts of a step are n steps old. Runs are trained in two forms: *corrected* is Eq. 3 as the stage has
+it, *uncorrected* learns from every rollout as if it were new. Beside recovery it measures, in the middle of each
+corrected run, the cosine of each form's gradient to the on-policy gradient, of ``--probe`` sequences each, and that of
+*recomputed*, which takes from Eq. 3 the advantage alone; megatron_mopd.gradient_probe says how. At lag 0 the cosine is
+that of two on-policy gradients, the most that any form can reach with so many sequences.
 
 Writes ``ablations/staleness.json`` and ``.png`` in the recipe's directory and prints a table. Runs that are finished
 are kept, so a stopped program goes on. Ends with status 1 when a corrected lag recovers less than lag 0 by more than
-the seeds' spread, or when the corrected gradient is not the closer one at the largest lag.
+the seeds' spread, or when the corrected gradient is not closer than the uncorrected one at the largest lag.
 """
 
 from __future__ import annotations
@@ -25,37 +24,43 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
-from torch import Tensor
 
-from megatron_mopd import batch, checkpoint, display, evaluation, intervals, parallel, plots, presets, provenance
+from megatron_mopd import (
+    checkpoint,
+    checkpoint_directory,
+    display,
+    evaluation,
+    gradient_probe,
+    intervals,
+    parallel,
+    plots,
+    presets,
+)
 from megatron_mopd.config import Config, ConfigurationError, Mopd
 from megatron_mopd.files import atomically
 from megatron_mopd.guard_config import Guards
-from megatron_mopd.objectives.mopd import mopd_loss
 from megatron_mopd.palette import domain_colours
 from megatron_mopd.plot_parts import FAINT, INK, tidy
-from megatron_mopd.recipe.schema import Recipe, load_recipe, stage_config
-from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput, Prompt, ScoredRollout
+from megatron_mopd.recipe import ablations, anew
+from megatron_mopd.recipe.schema import Recipe, load_recipe, stage_config, starts_from
+from megatron_mopd.recipe.words import Parser
 from megatron_mopd.settings import overlay
-from megatron_mopd.sources import RolloutSource
 from megatron_mopd.train import reported
 from megatron_mopd.trainer import Trainer
-from megatron_mopd.update import LogprobLoss, of_logprobs
 
 LAGS, SEEDS = (0, 1, 4, 8), 3
 NAME = "staleness"
-PROBE_DRAW = 1_000_003
-"""Number of the probe's batch, which with seed and prompt decides its noise; no run draws as many."""
+TRAINED = ("corrected", "uncorrected")
+"""Forms that runs are trained in; those of :data:`megatron_mopd.gradient_probe.FORMS` are probed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,37 +68,27 @@ class Variant:
     """One run."""
 
     lag: int
-    corrected: bool
+    form: str
     seed: int
 
     @property
     def name(self) -> str:
-        return f"lag{self.lag}_{'corrected' if self.corrected else 'uncorrected'}_seed{self.seed}"
+        return f"lag{self.lag}_{self.form}_seed{self.seed}"
 
 
-def variants(lags: Sequence[int], seeds: int) -> list[Variant]:
-    """Every lag in both forms but 0, where they are one: nothing is old. The longest come first."""
+def variants(lags: Sequence[int], seeds: int, of: Iterable[str] = TRAINED) -> list[Variant]:
+    """Every lag in all forms but 0, where they are one: nothing is old. The longest come first."""
     return [
-        Variant(lag=lag, corrected=corrected, seed=seed)
+        Variant(lag=lag, form=form, seed=seed)
         for lag in sorted(lags, reverse=True)
-        for corrected in ((True, False) if lag else (True,))
+        for form in forms(lag, of)
         for seed in range(seeds)
     ]
 
 
-def uncorrected(settings: Mopd) -> LogprobLoss:
-    """Eq. 3 with pi_behav taken for pi_prox: every token's c_t is 1, and no mask falls."""
-
-    def objective(logprobs: Tensor, micro_batch: MicroBatch, counts: Counts) -> ObjectiveOutput:
-        prox = logprobs.detach().cpu() if micro_batch.prox_logprobs is None else micro_batch.prox_logprobs
-        return mopd_loss(logprobs, dataclasses.replace(micro_batch, behav_logprobs=prox), settings, counts)
-
-    return objective
-
-
-def corrected(settings: Mopd) -> LogprobLoss:
-    """Eq. 3 as it is."""
-    return lambda logprobs, micro_batch, counts: mopd_loss(logprobs, micro_batch, settings, counts)
+def forms(lag: int, of: Iterable[str]) -> tuple[str, ...]:
+    """At lag 0 all are one."""
+    return tuple(of) if lag else ("corrected",)
 
 
 # --------------------------------------------------------------------------- one run
@@ -102,7 +97,7 @@ def corrected(settings: Mopd) -> LogprobLoss:
 def configuration(recipe: Recipe, variant: Variant, options: argparse.Namespace) -> Config:
     """The stage, shortened, with rollouts of the variant's age; its learning rate is brisk, so that age matters."""
     stage = recipe.stage(options.stage, "--stage")
-    directory = recipe.dir / "ablations" / NAME / variant.name
+    directory = recipe.dir / ablations.FOLDER / NAME / variant.name
     short = {
         "run": {"steps": options.steps, "seed": variant.seed, "id": variant.name},
         "rollout": {"lag": variant.lag, "prompts_per_step": options.prompts, "shards": 0},
@@ -125,22 +120,24 @@ def run(config: Config, variant: Variant, groups: parallel.Groups, options: argp
     """Train, measure and probe; what the run's ``staleness.json`` holds."""
     settings = config.objective
     assert isinstance(settings, Mopd)
-    trainer = Trainer(config, groups, None if variant.corrected else uncorrected(settings))
+    corrected = variant.form == "corrected"
+    trainer = Trainer(config, groups, None if corrected else gradient_probe.FORMS[variant.form](settings))
     before = accuracy(trainer, options.samples)
     policies, middle = config.run.dir / "policies", options.steps // 2
+    old, new = (checkpoint_directory.place(policies, step) for step in (middle - variant.lag, middle))
     if groups.rank == 0:
         shutil.rmtree(policies, ignore_errors=True)  # of a run that was stopped
-    wanted = {middle - variant.lag, middle} if variant.corrected and variant.lag else set()
     while trainer.step_index < options.steps:
-        if trainer.step_index in wanted:
+        if corrected and trainer.step_index in {middle - variant.lag, middle}:
             model, manifest = trainer.learner.model, trainer.manifest()
-            checkpoint.save(policies, trainer.step_index, model, None, groups, state={}, manifest=manifest, keep=2)
+            with trainer.learner.originals():
+                checkpoint.save(policies, trainer.step_index, model, None, groups, state={}, manifest=manifest, keep=2)
         trainer.step()
     after = accuracy(trainer, options.samples)
     found: dict[str, Any] = {"before": before, "after": after, "wall_s": trainer.wall_s}
-    if variant.corrected:
-        both = {True: 1.0, False: 1.0} if not wanted else cosines(trainer, policies, variant, middle, options.probe)
-        found["cosine"] = {"corrected": both[True], "uncorrected": both[False]}
+    if corrected:
+        found["cosine"] = dict(gradient_probe.cosines(trainer, old, new, options.probe))
+        shutil.rmtree(policies)
     return found
 
 
@@ -149,56 +146,6 @@ def accuracy(trainer: Trainer, samples: int) -> dict[str, float]:
     domains = {domain for teacher in trainer.config.teachers.values() for domain in teacher.domains}
     prompts = [p for p in evaluation.held_out(trainer.held_out, samples) if p.domain in domains]
     return {domain: _share(marks) for domain, marks in trainer.answers(prompts).items()}
-
-
-def cosines(trainer: Trainer, policies: Path, variant: Variant, step: int, size: int) -> dict[bool, float]:
-    """Of the corrected and the uncorrected gradient from rollouts of step - lag to that from rollouts of step, all at
-    the weights of step. The trainer's weights are lost."""
-    settings, source = trainer.config.objective, trainer.source
-    assert isinstance(settings, Mopd) and isinstance(source, RolloutSource)
-    source.seek(0)
-    prompts = source.stream.take(size)
-    now, then = (checkpoint.latest(policies / f"iter_{s:07d}") for s in (step, step - variant.lag))
-    assert now is not None and then is not None
-    fresh, old = (probe(trainer, path, prompts) for path in (now, then))
-    truth = gradient(trainer, now, fresh, corrected(settings))
-    return {
-        form: float(torch.nn.functional.cosine_similarity(gradient(trainer, now, old, loss), truth, dim=0))
-        for form, loss in ((True, corrected(settings)), (False, uncorrected(settings)))
-    }
-
-
-def probe(trainer: Trainer, policy: Path, prompts: Sequence[Prompt]) -> list[ScoredRollout]:
-    """One scored rollout of each prompt by a policy, under the same noise for every policy."""
-    source, teachers, config = trainer.source, trainer.teachers, trainer.config
-    assert isinstance(source, RolloutSource) and teachers is not None
-    checkpoint.load_weights(policy, trainer.learner.model, trainer.groups)
-    requests = [(prompt, 0) for prompt in prompts]
-    rollouts = trainer.sampler.generate(
-        requests, source.sampling, config.run.seed, PROBE_DRAW, config.rollout.batch_size
-    )
-    return teachers.score(
-        [
-            provenance.sign(r, trainer.policy, trainer.tokenizer, source.sampling, config.run.seed, PROBE_DRAW)
-            for r in rollouts
-        ]
-    )
-
-
-def gradient(trainer: Trainer, policy: Path, rollouts: Sequence[ScoredRollout], loss: LogprobLoss) -> Tensor:
-    """fp64, flat: the trunk's gradient at a policy's weights. The optimizer's step behind it goes nowhere."""
-    learner, config = trainer.learner, trainer.config
-    checkpoint.load_weights(policy, learner.model, trainer.groups)
-    packed = batch.pack(
-        rollouts,
-        config.batching.micro_batch_size,
-        trainer.tokenizer.pad_token,
-        domain_weights=config.objective.domain_weights,
-    )
-    learner.step(packed, of_logprobs(loss))
-    named = learner.module.named_parameters()
-    parts = [p.main_grad.double().flatten() for name, p in named if p.requires_grad and not name.startswith("mtp.")]
-    return torch.cat(parts)
 
 
 # --------------------------------------------------------------------------- all of them
@@ -237,11 +184,16 @@ def gather(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         for name, domains in stage.teachers.items()
         for domain in domains
     }
-    rows = []
-    for variant in variants(options.lags, options.seeds):
-        found = _read(recipe.dir / "ablations" / NAME / variant.name / f"{NAME}.json")
-        pair = dataclasses.replace(variant, corrected=True).name
-        probed = _read(recipe.dir / "ablations" / NAME / pair / f"{NAME}.json")["cosine"]
+    folder, rows = recipe.dir / ablations.FOLDER / NAME, []
+    start = [] if stage.initial is None else [starts_from(recipe, stage.initial)]
+    weights = ablations.weights_of(recipe, [*start, *stage.teachers])
+    for variant in variants(options.lags, options.seeds, gradient_probe.FORMS):
+        probed = dataclasses.replace(variant, form="corrected").name
+        cosine = _read(folder / probed / f"{NAME}.json")["cosine"][variant.form]
+        rows.append(dataclasses.asdict(variant) | {"weights": weights, "recovery": None, "cosine": cosine})
+        if variant.form not in TRAINED:
+            continue
+        found = _read(folder / variant.name / f"{NAME}.json")
         by_domain = {d: intervals.recovery(found["before"][d], found["after"][d], goals[d]) for d in goals}
         known = [value for value in by_domain.values() if value is not None]
         if not known:
@@ -249,13 +201,14 @@ def gather(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
                 f"{variant.name}: no teacher of stage {stage.name!r} ({goals}) is better than the student that it"
                 f" starts from ({found['before']}), so there is nothing to recover; name another --stage"
             )
-        rows.append(
-            dataclasses.asdict(variant)
-            | {"recovery": fmean(known), "recovery_by_domain": by_domain, "accuracy": found["after"]}
-            | {"cosine": probed["corrected" if variant.corrected else "uncorrected"], "wall_s": found["wall_s"]}
-        )
+        rows[-1] |= {"recovery": fmean(known), "recovery_by_domain": by_domain, "accuracy": found["after"]}
+        rows[-1] |= {"wall_s": found["wall_s"]}
     named = ("stage", "steps", "prompts", "lr", "samples", "probe")
-    return {"settings": {name: getattr(options, name) for name in named}, "teachers": goals, "runs": rows}
+    return {
+        "settings": {name: getattr(options, name) for name in named},
+        "teachers": goals,
+        "runs": rows,
+    }
 
 
 def _share(marks: str) -> float:
@@ -263,25 +216,25 @@ def _share(marks: str) -> float:
     return marks.count("1") / len(marks)
 
 
-def over_seeds(tree: Mapping[str, Any], lag: int, form: bool, what: str) -> list[float]:
-    """One number for each seed. Lag 0 is both forms at once."""
-    return [r[what] for r in tree["runs"] if r["lag"] == lag and r["corrected"] == (form or lag == 0)]
+def over_seeds(tree: Mapping[str, Any], lag: int, form: str, what: str) -> list[float]:
+    """One number for each seed. Lag 0 is all forms at once."""
+    return [r[what] for r in tree["runs"] if r["lag"] == lag and (not lag or r["form"] == form)]
 
 
 def judge(tree: Mapping[str, Any]) -> list[str]:
     """What was promised and did not come."""
     lags = sorted({row["lag"] for row in tree["runs"]})
-    fresh = over_seeds(tree, 0, True, "recovery")
+    fresh = over_seeds(tree, 0, "corrected", "recovery")
     spread = max(fresh) - min(fresh)
     failures = []
     for lag in lags[1:]:
-        fall = fmean(fresh) - fmean(over_seeds(tree, lag, True, "recovery"))
+        fall = fmean(fresh) - fmean(over_seeds(tree, lag, "corrected", "recovery"))
         if fall > spread:
             failures.append(
                 f"lag {lag}, corrected, recovers {100 * fall:.1f} points less than lag 0, whose seeds lie within"
                 f" {100 * spread:.1f}"
             )
-    ours, plain = (fmean(over_seeds(tree, lags[-1], form, "cosine")) for form in (True, False))
+    ours, plain = (fmean(over_seeds(tree, lags[-1], form, "cosine")) for form in TRAINED)
     if ours <= plain:
         failures.append(f"lag {lags[-1]}: cosine {ours:.4f} corrected, {plain:.4f} not; the first must be higher")
     return failures
@@ -290,21 +243,23 @@ def judge(tree: Mapping[str, Any]) -> list[str]:
 def show(tree: Mapping[str, Any]) -> None:
     table = Table(title="Age of rollouts, means over seeds", title_justify="left")
     domains = list(tree["teachers"])
-    headings = ["lag", "form", "recovery", "of the seeds", *domains, "cosine"]
+    headings = ["lag", "form", "recovery", "of the seeds", *domains, "cosine", "of the seeds"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "form" else "right", no_wrap=True)
     for lag in sorted({row["lag"] for row in tree["runs"]}):
-        for form in (True, False) if lag else (True,):
-            rows = [r for r in tree["runs"] if (r["lag"], r["corrected"]) == (lag, form)]
+        for form in forms(lag, gradient_probe.FORMS):
+            rows = [r for r in tree["runs"] if (r["lag"], r["form"]) == (lag, form) and r["recovery"] is not None]
             seeds = [r["recovery"] for r in rows]
             each = [[v for r in rows if (v := r["recovery_by_domain"][d]) is not None] for d in domains]
+            cosine = over_seeds(tree, lag, form, "cosine")
             table.add_row(
                 str(lag),
-                ("corrected" if form else "uncorrected") if lag else "on-policy",
-                f"{fmean(seeds):.1%}",
+                form if lag else "on-policy",
+                f"{fmean(seeds):.1%}" if seeds else "",
                 " ".join(f"{100 * s:.1f}" for s in seeds),
                 *(f"{fmean(values):.1%}" if values else "" for values in each),
-                f"{fmean(r['cosine'] for r in rows):.4f}",
+                f"{fmean(cosine):.3f}",
+                " ".join(f"{c:.3f}" for c in cosine),
             )
     display.console().print(table)
 
@@ -313,25 +268,24 @@ def picture(tree: Mapping[str, Any]) -> Figure:
     """Recovery and cosine over the lag, a line for each form and a point for each seed."""
     lags = sorted({row["lag"] for row in tree["runs"]})
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
-    colours = domain_colours(["corrected", "uncorrected"])
-    panels = zip(figure.subplots(1, 2), ("recovery", "cosine"), strict=True)
+    colours = domain_colours(list(gradient_probe.FORMS))
     titles = {"recovery": "Recovery, mean of the domains", "cosine": "Cosine to the on-policy gradient"}
-    for axes, what in panels:
-        for form, name in ((False, "uncorrected"), (True, "corrected")):
-            shift = 0.06 if form else -0.06
+    shown = (("recovery", TRAINED), ("cosine", tuple(gradient_probe.FORMS)))
+    for axes, (what, drawn) in zip(figure.subplots(1, 2), shown, strict=True):
+        for number, form in enumerate(reversed(drawn)):
+            places = [place + 0.06 * (number - (len(drawn) - 1) / 2) for place in range(len(lags))]
             seeds = [over_seeds(tree, lag, form, what) for lag in lags]
-            places = [place + shift for place in range(len(lags))]
-            axes.plot(places, [fmean(s) for s in seeds], color=colours[name], linewidth=2, label=name)
+            axes.plot(places, [fmean(s) for s in seeds], color=colours[form], linewidth=2, label=form)
             for place, values in zip(places, seeds, strict=True):
-                axes.plot([place] * len(values), values, "o", color=colours[name], markersize=4, alpha=0.7)
+                axes.plot([place] * len(values), values, "o", color=colours[form], markersize=4, alpha=0.7)
         axes.set_xticks(range(len(lags)), [str(lag) for lag in lags])
         axes.set_xlabel("age of the rollouts, steps", color=INK)
         axes.set_title(titles[what], color=INK, loc="left", fontsize=11)
         axes.grid(axis="y", color=FAINT, alpha=0.3, linewidth=0.6)
+        axes.legend(frameon=False, fontsize=9)
         tidy(axes)
         if what == "recovery":
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -342,7 +296,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value")
     parser.add_argument("--stage", help="MOPD stage to shorten; the recipe's first iteration, or its last stage")
@@ -356,6 +310,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="runs side by side")
     parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)  # of a process started by this program
     return parser.parse_intermixed_args()
+
+
+def _side_by_side(processes: int) -> None:
+    """Start this command again, each time with its share of the runs, and wait for all."""
+    command = [sys.executable, *sys.argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([*command, "--share", str(i), str(processes)], env=environment) for i in range(processes)
+    ]
+    codes = [process.wait() for process in started]  # of all, before the first failure is told
+    if any(codes):
+        raise ConfigurationError("a run has failed; its message is above, and the same command goes on behind it")
 
 
 def main() -> int:
@@ -374,21 +340,14 @@ def main() -> int:
         if options.share is not None:
             work(recipe, options)
             return 0
-        command = [sys.executable, *sys.argv]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started = [
-            subprocess.Popen([*command, "--share", str(i), str(options.processes)], env=environment)
-            for i in range(options.processes)
-        ]
-        codes = [process.wait() for process in started]
-        if any(codes):
-            raise ConfigurationError("a run has failed; its message is above, and the same command goes on behind it")
-        tree = gather(recipe, options)
-        folder = recipe.dir / "ablations"
-        failures = judge(tree)
-        tree |= {"failures": failures}
-        atomically(folder / f"{NAME}.json", lambda path: path.write_text(json.dumps(tree, indent=1) + "\n"))
-        atomically(folder / f"{NAME}.png", lambda path: plots.save(picture(tree), path))
+        with anew.alone(recipe.dir):
+            _side_by_side(options.processes)
+            tree = gather(recipe, options)
+            failures = judge(tree)
+            tree |= {"failures": failures}
+            folder = recipe.dir / ablations.FOLDER
+            atomically(folder / f"{NAME}.json", lambda path: path.write_text(json.dumps(tree, indent=1) + "\n"))
+            atomically(folder / f"{NAME}.png", lambda path: plots.save(picture(tree), path))
         show(tree)
         for failure in failures:
             display.note(0, f"FAILED {failure}")
