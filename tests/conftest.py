@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib
-import importlib.util
 import os
 import pickle
 import signal
@@ -27,6 +27,9 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # what several test files share lies beside them
+import scripts
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by the ranks too: kernels run on CPU
 
@@ -151,25 +154,52 @@ def groups() -> Iterator[Any]:
     parallel.destroy()
 
 
-def _load(where: str, loaded: dict[str, ModuleType]) -> ModuleType:
+@pytest.fixture
+def fake_world() -> Iterator[Callable[[int, int], None]]:
+    """``fake_world(size, rank)``: a process group of that size without other processes; its collectives do nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_mopd import parallel
+
+    def start(size: int, rank: int) -> None:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+
+    yield start
+    parallel.destroy()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    _spare_the_collector()
+
+
+def _spare_the_collector() -> None:
+    """Take what the imports made out of the garbage collector's sight.
+
+    Torch and Megatron-Core leave half a million objects that stay. Megatron-Core collects garbage before it writes an
+    optimizer, and walking over them took longer than writing a small one.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def _load(where: str, known: dict[str, ModuleType]) -> ModuleType:
     if not where.endswith(".py"):
         return importlib.import_module(where)
-    if where not in loaded:
-        spec = importlib.util.spec_from_file_location(f"pool_{Path(where).stem}", where)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up by name
-        spec.loader.exec_module(module)
-        loaded[where] = module
-    return loaded[where]
+    if where not in known:
+        known[where] = scripts.loaded(where)
+    return known[where]
 
 
 def _start_ranks(address: str) -> None:
+    import reasoning_gym  # noqa: F401
     import torch
+    import transformers.tokenization_utils_fast  # noqa: F401
 
-    import megatron_mopd.student  # noqa: F401 - the expensive import, done once for all ranks
+    import megatron_mopd.runner  # noqa: F401 - as the two above: imports that cost, done once for all ranks
 
     torch.set_num_threads(1)
+    _spare_the_collector()
     for rank in range(POOL_SIZE):
         if os.fork() == 0:
             _serve(address, rank)
@@ -186,7 +216,7 @@ def _serve(address: str, rank: int) -> None:
 
     connection = Client(address, authkey=bytes.fromhex(os.environ["MOPD_POOL_KEY"]))
     connection.send_bytes(pickle.dumps(rank))
-    loaded: dict[str, ModuleType] = {}
+    known: dict[str, ModuleType] = {}
     while True:
         try:
             store, world, (where, name), args = pickle.loads(connection.recv_bytes())
@@ -202,7 +232,7 @@ def _serve(address: str, rank: int) -> None:
             )
             faulthandler.dump_traceback_later(0.9 * CALL_TIMEOUT)  # where a hanging rank hangs
             dist.barrier()  # nobody takes the group down while another still connects
-            value = getattr(_load(where, loaded), name)(*args)
+            value = getattr(_load(where, known), name)(*args)
             dist.barrier()
             answer = (True, value)
         except BaseException:  # whatever it is, the test must see it

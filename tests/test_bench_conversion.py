@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "bench_conversion.py"
+from scripts import loaded
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("bench_conversion", TOOL)
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: Any = loaded("tools/bench_conversion.py")
     small = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "mamba_num_heads": 8, "n_routed_experts": 4}
     monkeypatch.setattr(module, "CONFIG", module.CONFIG | small)
     return module

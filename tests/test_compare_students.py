@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import loaded
 
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.runner import load_recipe, stage_config
@@ -17,12 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_students", ROOT / "tools" / "compare_students.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return loaded("tools/compare_students.py")
 
 
 def test_counts_what_changed_hands_domain_by_domain(tool: ModuleType) -> None:

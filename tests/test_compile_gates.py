@@ -17,15 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 TARGETS = (90, 100)
-CENTRAL = (
-    "logits statistics, bf16",
-    "logits objective, bf16",
-    "linear statistics, bf16",
-    "linear objective, bf16",
-    "linear statistics, NVFP4 weight",
-    "NVFP4 rows, bf16",
-    "NVFP4 round trip, bf16",
-)
+# One of each family: the objective walks over logits and over tiles as the statistics do, and then writes gradients.
+CENTRAL = ("logits objective, bf16", "linear objective, bf16", "linear statistics, NVFP4 weight", "NVFP4 rows, bf16")
 
 TOY = '''
 import sys
@@ -40,7 +33,7 @@ from gates.judge import Budget, Most
 
 @triton.jit
 def spilling(x, out, BLOCK: tl.constexpr):
-    """Keeps 512 numbers per thread alive."""
+    """Keeps 256 numbers per thread alive, one more than there are registers."""
     at = tl.arange(0, BLOCK)
     z = tl.load(x + at)
     tl.store(out + at, z / tl.sum(tl.exp(z)))
@@ -66,8 +59,8 @@ def loopless(x, BLOCK: tl.constexpr):
 
 
 def run():
-    x = torch.zeros(1 << 14)
-    spilling[(1,)](x, x, BLOCK=1 << 14, num_warps=1)
+    x = torch.zeros(1 << 13)
+    spilling[(1,)](x, x, BLOCK=1 << 13, num_warps=1)
     narrow[(1,)](x, x, 1024, 48, BLOCK=1024)
     forgotten[(1,)](x)
     loopless[(1,)](x, BLOCK=1024)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import loaded
 
 from megatron_mopd.config import Config
 from megatron_mopd.objectives.mopd import mopd_loss
@@ -78,11 +78,7 @@ def test_the_demo_holds_its_promises(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def controls() -> Any:
-    spec = importlib.util.spec_from_file_location("demo_controls", ROOT / "tools" / "demo_controls.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("tools/demo_controls.py")
 
 
 def test_rotation_leaves_no_domain_its_teacher(controls: Any) -> None:

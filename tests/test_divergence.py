@@ -1,5 +1,6 @@
 """mopd_kernels.divergence against fp64 autograd, alone and vocabulary-parallel; by-products, bounds and refusals."""
 
+import functools
 import math
 
 import numpy as np
@@ -514,14 +515,18 @@ def _on_a_rank(vocab, impl):
     return results
 
 
+@pytest.fixture(scope="module")
+def alone(ranks):
+    return functools.cache(lambda vocab, impl: ranks(1, _on_a_rank, vocab, impl)[0])
+
+
 # 12 columns fill 2 and 4 ranks; 9 leave padding on 2 ranks and a rank without any valid column on 4.
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("vocab", [12, 9])
-def test_shards_agree_with_one_rank(ranks, impl, world, vocab):
-    (alone,) = ranks(1, _on_a_rank, vocab, impl)
+def test_shards_agree_with_one_rank(ranks, alone, impl, world, vocab):
     together = ranks(world, _on_a_rank, vocab, impl)
-    for case, whole in enumerate(alone):
+    for case, whole in enumerate(alone(vocab, impl)):
         parts = [results[case] for results in together]
         for index, expected in enumerate(whole[:-1]):  # value, six by-products, gradient of the hidden states
             for part in parts:

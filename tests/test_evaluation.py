@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_mopd import evaluation, parallel, peak_memory
-from megatron_mopd.config import Parallel, build_config
+from megatron_mopd import evaluation, parallel, peak_memory, train
+from megatron_mopd.config import Evaluation, Parallel, build_config
 from megatron_mopd.data_config import Tokenizer
 from megatron_mopd.parallel import Groups
 from megatron_mopd.records import Prompt, Rollout, Sampling
@@ -136,3 +138,27 @@ def test_the_peak_is_the_largest_ranks_and_starts_anew_with_a_stage(ranks: Any) 
     start, high, later = results[0]
     assert 400e6 < high - start < 620e6  # ranks start from different sizes, up to 100 MB apart
     assert later - start < 30e6
+
+
+@pytest.mark.parametrize(("taught", "before"), [(False, {"acceptance"}), (True, {"answers"})])
+def test_the_time_of_speculative_decoding_counts_as_measuring(taught: bool, before: set[str]) -> None:
+    """Of a stage that boosts MTP heads, before its first step as after its last; others have none to measure."""
+
+    class Measuring:
+        config = SimpleNamespace(evaluation=Evaluation())
+        teachers = "some" if taught else None
+
+        def measure(self, samples: int) -> dict[str, Any]:
+            return {"answers": {}}
+
+        def measure_acceptance(self) -> dict[str, Any]:
+            time.sleep(0.05)
+            return {} if taught else {"acceptance": {}}
+
+        def measure_teachers(self, samples: int) -> dict[str, Any]:
+            return {}
+
+    trainer: Any = Measuring()
+    first, last = train._measured(trainer, before=True), train._measured(trainer)
+    assert first.keys() == before | {"measure_s"} and last.keys() == before | {"answers", "measure_s"}
+    assert min(first["measure_s"], last["measure_s"]) >= 0.05

@@ -8,13 +8,12 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_mopd import presets
 from megatron_mopd.config import Config, Mopd, load_config
@@ -45,20 +44,6 @@ def _option(words: list[str], name: str) -> str:
 
 def _config_of(words: list[str]) -> Path:
     return Path(words[words.index("-m") + 2])
-
-
-@pytest.fixture
-def fake_world() -> Iterator[Callable[[int, int], None]]:
-    """``fake_world(size, rank)``: a process group of that size without other processes; its collectives do nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from megatron_mopd import parallel
-
-    def start(size: int, rank: int) -> None:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-
-    yield start
-    parallel.destroy()
 
 
 def test_every_script_has_its_configuration_and_is_listed() -> None:

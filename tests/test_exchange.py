@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_stages import task
 from torch import Tensor
 
 from megatron_mopd import conversion, exchange, origins, parallel, presets, runner, together, torch_dist, train
@@ -59,18 +60,6 @@ def saved(path: Path, pattern: str = "M*E-", seed: int = 5, **changes: Any) -> A
     return model
 
 
-def source(domain: str, template: str, split: str = "train", size: int = 24) -> dict[str, Any]:
-    return {
-        "type": "reasoning_gym",
-        "domain": domain,
-        "family": "spell_backward",
-        "template": template,
-        "size": size,
-        "split": split,
-        "options": {"min_word_len": 3, "max_word_len": 4},
-    }
-
-
 def tree(run: Path, initial: Path | None, **sections: Any) -> dict[str, Any]:
     """A short supervised stage."""
     return {
@@ -80,7 +69,7 @@ def tree(run: Path, initial: Path | None, **sections: Any) -> dict[str, Any]:
         "objective": {"type": "cross_entropy"},
         "batching": {"micro_batch_size": 4, "sequences_per_step": 8},
         "optimizer": {"lr": 1e-3, "warmup_steps": 0},
-        "data": {"train": [source("plain", "{word}")]},
+        "data": {"train": [task()]},
         "checkpoint": {"export": "hugging_face"},
     } | sections
 

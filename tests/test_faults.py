@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from small_stages import SFT, stage
 
 from megatron_mopd import checkpoint, checkpoint_directory, failures, metrics, parallel, provenance, train, watchdog
 from megatron_mopd.config import ConfigurationError, Parallel, build_config
@@ -31,7 +32,6 @@ from megatron_mopd.files import WriteError
 from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.records import Rollout
 from megatron_mopd.scoring import Scorer, ScoringError
-from megatron_mopd.settings import overlay
 from megatron_mopd.shards import ShardError
 from megatron_mopd.teachers import TeacherPool
 from megatron_mopd.trainer import Trainer
@@ -41,31 +41,23 @@ HERE = Path(__file__)
 
 def tree(directory: Path, name: str, **changes: Any) -> dict[str, Any]:
     """A MOPD stage of seconds under ``directory``, whose teachers are under it too."""
-    options = {"min_word_len": 3, "max_word_len": 5}
-    family = {"type": "reasoning_gym", "family": "spell_backward", "options": options, "size": 40}
-    domains = {"plain": "{word}", "loud": "! {word}"}
-    common = {
-        "run": {"dir": str(directory / name), "steps": 4, "seed": 7, "id": "run"},
-        "model": {"pattern": "M*E", "max_sequence_length": 24},
-        "data": {"train": [{"domain": d, "template": template, **family} for d, template in domains.items()]},
-        "rollout": {"prompts_per_step": 8, "max_new_tokens": 5, "batch_size": 8, "lag": 1},
-        "batching": {"micro_batch_size": 4},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 0},
+    own = {
+        "run": {"steps": 4, "id": "run"},
+        "rollout": {"prompts_per_step": 8, "lag": 1},
         "checkpoint": {"every": 1, "keep": 9},
         "teachers": {
             "first": {"checkpoint": str(directory / "first" / "checkpoints"), "domains": ["plain"]},
             "second": {"checkpoint": str(directory / "second" / "checkpoints"), "domains": ["loud"]},
         },
     }
-    return overlay(common, changes)
+    return stage(directory / name, own, changes)
 
 
 def teach(directory: Path) -> None:
     """Two teachers of random weights that differ."""
     groups = parallel.initialize(Parallel(), 0)
-    dataset = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}, "rollout": {"lag": 0}}
     for seed, name in enumerate(("first", "second")):
-        own = tree(directory, name, batching={"sequences_per_step": 4}, **dataset) | {"teachers": {}}
+        own = tree(directory, name, rollout={"lag": 0}, **SFT) | {"teachers": {}}
         Trainer(build_config(own), dataclasses.replace(groups, seed=100 + seed)).save()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import CodeType
 from typing import Any
 
@@ -18,16 +16,6 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the remedie
 def test_each_remedy_says_what_and_why() -> None:
     assert len({r.name for r in host.REMEDIES}) == len(host.REMEDIES) >= 5
     assert all(r.where and len(r.reason.split()) > 5 for r in host.REMEDIES)
-
-
-def test_importing_changes_nothing() -> None:
-    code = (
-        "import torch; before = torch.cuda.current_device, torch.cuda.current_stream\n"
-        "import megatron_mopd.host, sys\n"
-        "assert (torch.cuda.current_device, torch.cuda.current_stream) == before\n"
-        "assert not any(name.startswith('megatron.core') for name in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("cuda", [True, False])

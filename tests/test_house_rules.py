@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import setuptools
@@ -20,11 +22,12 @@ SCRIPTS = sorted((ROOT / "examples").rglob("*.py"))
 
 # Import with torch alone: they must be usable where Megatron-Core is not installed, and quick to test.
 WITHOUT_MEGATRON = ("records", "masks", "batch", "metrics", "predictions", "report", "presets", "guards")
-WITHOUT_MEGATRON += ("intervals", "shards", "recipe.report", "preflight.numbers")
+WITHOUT_MEGATRON += ("host", "intervals", "shards", "recipe.report", "preflight.numbers")
 # May construct an unpickler; everything else reads safetensors, JSON or `torch.load(weights_only=True)`.
 UNPICKLING = {"megatron_mopd/torch_dist.py"}
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
@@ -204,11 +207,11 @@ for name in names:
     importlib.import_module(name)
 assert len(watched) > 300
 changed = [f"{m.__name__}.{k}" for m, was in zip(watched, before) for k, v in was.items() if vars(m).get(k) is not v]
-print(json.dumps({"imported": names, "changed": changed}))
+print(json.dumps({"imported": names, "changed": changed, "joined": torch.distributed.is_initialized()}))
 """
 
 
-def fresh_python(program: str) -> dict[str, list[str]]:
+def fresh_python(program: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -218,10 +221,10 @@ def test_config_needs_no_torch_and_the_mathematics_no_megatron() -> None:
     assert fresh_python(SEAM % (WITHOUT_MEGATRON,)) == {"config": [], "light": []}
 
 
-def test_importing_any_module_patches_nothing() -> None:
+def test_importing_any_module_patches_and_joins_nothing() -> None:
     found = fresh_python(UNTOUCHED)
-    assert "megatron_mopd.host" in found["imported"]
-    assert not found["changed"]
+    assert {"megatron_mopd.host", "megatron_mopd.parallel"} <= set(found["imported"])
+    assert not found["changed"] and not found["joined"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from small_stages import task
 
 from megatron_mopd import batch, boosting, checkpoint, parallel, student, train
 from megatron_mopd.config import ConfigurationError, MtpBoosting, Parallel, build_config
@@ -33,19 +34,11 @@ PLAIN_DESCENT = {"lr": 1e6, "eps": 1e6, "clip_grad": 1e9}
 
 def tree(**changes: Any) -> dict[str, Any]:
     """A boosting stage small enough to run in seconds: a pattern of two MTP segments, boosted to four depths."""
-    task = {
-        "type": "reasoning_gym",
-        "domain": "plain",
-        "family": "spell_backward",
-        "template": "{word}",
-        "size": 40,
-        "options": {"min_word_len": 3, "max_word_len": 5},
-    }
     common = {
         "run": {"dir": "unused", "steps": 2, "seed": 7},
         "model": {"pattern": "M*E/*E/*E", "max_sequence_length": 32},
         "objective": {"type": "mtp_boosting", "depths": 4},
-        "data": {"train": [task], "held_out": [task | {"split": "held_out", "size": 6}]},
+        "data": {"train": [task()], "held_out": [task("plain", "held_out", 6)]},
         "rollout": {"prompts_per_step": 6, "max_new_tokens": 9, "batch_size": 8},
         "batching": {"micro_batch_size": 4},
         "optimizer": {"lr": 1e-3, "warmup_steps": 0},

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from scripts import loaded
+from small_stages import SFT, task
 
 from megatron_mopd import plots
 from megatron_mopd.parallel import Groups
@@ -23,12 +23,7 @@ RESULTS = sorted((ROOT / "examples" / "results").glob("nvfp4_training/*.json"))
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nvfp4_training", ROOT / "tools" / "nvfp4_training.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+    return loaded("tools/nvfp4_training.py")
 
 
 def made_up(plain: float, aware: float) -> tuple[dict[int, Any], list[Prompt]]:
@@ -75,26 +70,17 @@ def test_the_verdict_can_be_no(tool: ModuleType, plain: float, aware: float, hol
     assert found is holds and sentence.startswith("trained for NVFP4, a student loses less" if holds else "no claim")
 
 
-def task(domain: str, template: str, split: str) -> dict[str, Any]:
-    words = {"min_word_len": 3, "max_word_len": 4}
-    common = {"type": "reasoning_gym", "domain": domain, "family": "spell_backward", "options": words}
-    return common | {"template": template, "split": split, "size": 30}
-
-
 def test_the_experiment_runs_and_goes_on_where_it_stopped(
     tool: ModuleType, groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sft = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}, "run": {"steps": 1}}
+    sft = SFT | {"run": {"steps": 1}}
     tree = {
         "dir": str(tmp_path / "runs"),
         "common": {
             "model": {"preset": "tiny", "pattern": "ME*", "max_sequence_length": 24},
             "rollout": {"prompts_per_step": 4, "max_new_tokens": 5},
             "batching": {"micro_batch_size": 4, "sequences_per_step": 4},
-            "data": {
-                side: [task("plain", "{word}", split), task("loud", "! {word}", split)]
-                for side, split in (("train", "train"), ("held_out", "held_out"))
-            },
+            "data": {split: [task("plain", split, 30), task("loud", split, 30)] for split in ("train", "held_out")},
         },
         "stages": [
             {"name": "base", "settings": sft},

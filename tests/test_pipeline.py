@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_stages import task
 
 from megatron_mopd import batch, checkpoint, parallel, presets, student, torch_dist
 from megatron_mopd.config import Config, ConfigurationError, Mopd, build_config
@@ -261,18 +262,6 @@ def test_what_a_checkpoint_lacks_is_found_over_all_stages(ranks: Any, tmp_path: 
 # ------------------------------------------------------------------ a whole stage
 
 
-def task(domain: str, split: str, size: int, template: str) -> dict[str, Any]:
-    return {
-        "type": "reasoning_gym",
-        "domain": domain,
-        "family": "spell_backward",
-        "template": template,
-        "size": size,
-        "split": split,
-        "options": {"min_word_len": 3, "max_word_len": 5},
-    }
-
-
 ANOTHER = {"pattern": "MEM*EEM", "override": {"hidden_size": 96}, "max_sequence_length": 32}
 
 
@@ -284,8 +273,8 @@ def stage(directory: Path, teachers: Path, layout: dict[str, int], steps: int = 
         "model": {"pattern": PATTERN, "max_sequence_length": 32},
         "parallel": layout,
         "data": {
-            "train": [task("plain", "train", 40, "{word}"), task("loud", "train", 40, "! {word}")],
-            "held_out": [task("plain", "held_out", 4, "{word}"), task("loud", "held_out", 4, "! {word}")],
+            "train": [task("plain"), task("loud")],
+            "held_out": [task("plain", "held_out", 4), task("loud", "held_out", 4)],
         },
         "rollout": {"prompts_per_step": 8, "max_new_tokens": 6, "batch_size": 8, "lag": 1},
         "objective": {"type": "mopd", "minibatches": 2},

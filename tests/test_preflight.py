@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scripts import loaded
 
 from megatron_mopd.config import Config, ConfigurationError, build_config
 from megatron_mopd.preflight import numbers
@@ -21,7 +21,6 @@ from megatron_mopd.preflight.decide import decide, decisions
 from megatron_mopd.preflight_config import Preflight
 from megatron_mopd.records import Prompt, Rollout
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "preflight.py"
 VOCAB, TOP = 53, 5  # odd: padded under tensor parallelism
 TOKENIZER: Any = SimpleNamespace(pad_token=0, tokenizer_sha="tok", template_sha="tem", vocab_size=VOCAB)
 LAYOUTS = {
@@ -368,11 +367,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("preflight_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("tools/preflight.py")
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mopd import provenance
+from megatron_mopd import provenance, teacher_answers
 from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.records import Policy, Prompt, Rollout, Sampling, ScoredRollout
+from megatron_mopd.scoring import ScoringError
+from megatron_mopd.teacher_answers import Answer
 
 TOKENIZER = SimpleNamespace(tokenizer_sha="tok", template_sha="tem")
 NOW = Policy(run_id="run", step=7, initial_id="id-0")
@@ -70,8 +72,12 @@ WRONG = {
     "checkpoint": (scored(teacher_id="id-c"), "checkpoint of teacher 'speller' is 'id-c', .* 'id-s'"),
     "precision": (with_record(scored(), teacher_nvfp4=("experts",)), r"'speller' keeps in NVFP4 is \('experts',\), .*"),
     "unscored": (with_record(scored(), teacher_id=None), "checkpoint of teacher 'speller' is None"),
-    "too_old": (scored(step=5), "policy of step 5, updated at step 7; rollout.lag = 1"),
-    "from_the_future": (scored(step=8), "policy of step 8"),
+    "too_old": (scored(step=5), "policy of step 5, updated at step 7; rollout.lag = 1 .*put rollout.lag back if it"),
+    "from_the_future": (scored(step=8), "policy of step 8.* else start the same command again: the run goes on"),
+    "steps": (
+        dataclasses.replace(scored(), rollout=dataclasses.replace(scored().rollout, policy_steps=torch.tensor([6, 8]))),
+        r"steps \[6, 8\]; .* current step 7; start the same command again: the run goes on",
+    ),
     "temperature": (
         with_record(scored(), sampling=Sampling(temperature=0.5, max_new_tokens=8, stop_tokens=())),
         "the sampling temperature is 0.5, .* 1.0",
@@ -89,12 +95,24 @@ def test_a_contradiction_names_the_rollout_and_both_sides(name):
 
 def test_scores_need_a_record_and_a_pool():
     bare = dataclasses.replace(scored().rollout, provenance=None)
-    with pytest.raises(ProvenanceError, match="carries no record"):
+    with pytest.raises(ProvenanceError, match=r"scored by 'speller' but carries no record.*through provenance.sign"):
         provenance.check([dataclasses.replace(scored(), rollout=bare)], NOW, 1, TOKENIZER, Scorers())
-    with pytest.raises(ProvenanceError, match="carries no record"):
+    with pytest.raises(ProvenanceError, match=r"carries no record.*through provenance.sign"):
         provenance.scored_by(bare, "id-s")
-    with pytest.raises(ProvenanceError, match="this run has no teachers"):
-        provenance.check([scored()], NOW, 1, TOKENIZER, None)
+    trace = with_record(scored(), policy=Policy(run_id="speller", step=0, initial_id="id-s")).rollout
+    for item in (scored(), trace):
+        with pytest.raises(ProvenanceError, match=r"this run has no teachers; put back .* under teachers, or choose"):
+            provenance.check([item], NOW, 1, TOKENIZER, None)
+
+
+def test_a_teacher_that_answers_for_too_many_or_too_few_tokens_is_refused_with_a_way_out():
+    plain = scored().rollout
+    read = provenance.tokens_sha(plain.tokens, 2)
+    right = Answer(logprobs=-torch.ones(2), hidden=None, shas=[read])
+    assert teacher_answers.check("speller", [plain], right) == [read]
+    for change, said in (({"shas": [read, read]}, "2 with 2"), ({"logprobs": -torch.ones(3)}, "1 with 3")):
+        with pytest.raises(ScoringError, match=f"1 sequences with 2 tokens and answered for {said}; .*same command"):
+            teacher_answers.check("speller", [plain], dataclasses.replace(right, **change))
 
 
 def taught(checkpoint_id, *domains, **more):
@@ -106,7 +124,7 @@ def test_a_manifest_must_hold_every_expected_entry():
     provenance.check_manifest({**expected, "checkpoint_id": "x"}, expected, "ckpt")
     with pytest.raises(ProvenanceError, match=r"ckpt: was written with vocab_size = 8, .* has 7.*run.dir"):
         provenance.check_manifest({"run_id": "run", "vocab_size": 8}, expected, "ckpt")
-    with pytest.raises(ProvenanceError, match="says nothing of vocab_size"):
+    with pytest.raises(ProvenanceError, match=r"says nothing of vocab_size; .*Choose another run.dir .* model.initial"):
         provenance.check_manifest({"run_id": "run"}, expected, "ckpt")
     with pytest.raises(
         ProvenanceError, match=r"ckpt: .* the chat template aaa \(template_sha\), .* has bbb.*tokenizer"

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_stages import SFT, stage, taught, teach
 
 from megatron_mopd import checkpoint_directory, exchange, parallel, runner, train, trainer
-from megatron_mopd.config import ConfigurationError, Parallel, build_config
+from megatron_mopd.config import ConfigurationError, build_config
 from megatron_mopd.parallel import Groups
 from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.records import ScoredRollout
@@ -24,31 +25,15 @@ from megatron_mopd.settings import overlay
 from megatron_mopd.tokenizer import ChatTokenizer, build_tokenizer
 from megatron_mopd.trainer import Trainer
 
-SFT = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}}
-
-
-def task(domain: str, template: str) -> dict[str, Any]:
-    return {
-        "type": "reasoning_gym",
-        "domain": domain,
-        "family": "spell_backward",
-        "template": template,
-        "size": 20,
-        "options": {"min_word_len": 3, "max_word_len": 4},
-    }
-
 
 def tree(directory: Path, **changes: Any) -> dict[str, Any]:
-    common = {
-        "run": {"dir": str(directory), "steps": 3, "seed": 7},
-        "model": {"pattern": "M*E", "max_sequence_length": 24},
-        "data": {"train": [task("plain", "{word}"), task("loud", "! {word}")]},
-        "rollout": {"prompts_per_step": 4, "max_new_tokens": 3, "batch_size": 8, "lag": 1},
-        "batching": {"micro_batch_size": 4, "sequences_per_step": 4},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 0},
+    own = {
+        "run": {"steps": 3},
+        "rollout": {"prompts_per_step": 4, "max_new_tokens": 3, "lag": 1},
+        "batching": {"sequences_per_step": 4},
         "checkpoint": {"every": 1},
     }
-    return overlay(common, changes)
+    return stage(directory, own, changes)
 
 
 def teach_on_a_rank(root: Path) -> dict[str, str]:
@@ -56,10 +41,7 @@ def teach_on_a_rank(root: Path) -> dict[str, str]:
 
     Returns the checkpoint ids by name.
     """
-    groups = parallel.initialize(Parallel(), 0)
-    for steps, name in ((1, "base"), (1, "first"), (2, "second"), (3, "third")):
-        seed = {"run": {"dir": str(root / name), "steps": steps, "seed": 7 + steps, "id": name}}
-        train.run_stage(build_config(tree(root / name, **overlay(SFT, seed))), groups)
+    groups = teach(root, tree, base=1, first=1, second=2, third=3)
     train.run_stage(exchange.prepare(build_config(mopd(root)), groups), groups)
     return {
         name: checkpoint_directory.read_manifest(root / name / "checkpoints")["checkpoint_id"]
@@ -68,14 +50,7 @@ def teach_on_a_rank(root: Path) -> dict[str, str]:
 
 
 def mopd(root: Path, **changes: Any) -> dict[str, Any]:
-    settings = {
-        "run": {"steps": 1},
-        "model": {"initial": str(root / "base" / "checkpoints")},
-        "teachers": {
-            "first": {"checkpoint": str(root / "first" / "checkpoints"), "domains": ["plain"]},
-            "second": {"checkpoint": str(root / "second" / "checkpoints"), "domains": ["loud"]},
-        },
-    }
+    settings = {"run": {"steps": 1}} | taught(root, "base", first=["plain"], second=["loud"])
     return overlay(tree(root / "mopd", **settings), changes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -11,21 +10,17 @@ from typing import Any
 
 import pytest
 import yaml
+from scripts import loaded
 
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.parallel import Groups
+from megatron_mopd.recipe import ablations, anew
 from megatron_mopd.recipe.schema import Recipe, load_recipe
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_ablations", ROOT / "tools" / "recipe_ablations.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("tools/recipe_ablations.py")
 
 
 def recipe(tmp_path: Path, **changes: Any) -> Recipe:
@@ -76,11 +71,16 @@ def decide(recipe: Recipe, near: str, far: str) -> None:
     leave(recipe, "look", {"teachers": teachers}, "preflight.json")
 
 
-def answered(far: str, prompts: str = "same") -> dict[str, Any]:
-    return {"answers": {"near": "1111", "far": far}, "prompts": {"near": "same", "far": prompts}}
+def answered(far: str, prompts: str = "same", stage: str = "") -> dict[str, Any]:
+    tree = {"answers": {"near": "1111", "far": far}, "prompts": {"near": "same", "far": prompts}}
+    return tree | ended(stage)
 
 
-def lengths(value: float) -> dict[str, Any]:
+def ended(stage: str) -> dict[str, Any]:
+    return {"ended": {"run_id": stage, "step": 2, "checkpoint_id": f"weights of {stage}"}}
+
+
+def lengths(value: float | None) -> dict[str, Any]:
     return {"draft_2": {"greedy": {"length": value, "by_prompt": [value], "domains": {}}}}
 
 
@@ -89,8 +89,8 @@ def test_without_warm_up_the_same_iteration_starts_from_the_student(
 ) -> None:
     made = recipe(tmp_path)
     decide(made, near="go", far="warm_up")
-    for stage, far in (("student", "0001"), ("mopd1", "0111"), ("far_teacher", "1111")):
-        leave(made, stage, answered(far))
+    for stage, far in (("student", "0001"), ("mopd1", "0111"), ("far_teacher", "1111"), ("near_teacher", "0000")):
+        leave(made, stage, answered(far, stage=stage))
     ran = []
 
     def train(config: Any, groups: Groups, title: str) -> None:
@@ -107,7 +107,11 @@ def test_without_warm_up_the_same_iteration_starts_from_the_student(
     assert (sorted(config.teachers), config.run.steps) == (["far_teacher", "near_teacher"], 2)
     written = json.loads((tmp_path / "ablations" / "warm_up.json").read_text())
     answers = {"before": "0001", "without": "0011", "with": "0111", "teacher": "1111"}
-    assert written == {"domains": {"far": {"teacher": "far_teacher", "answers": answers}}}
+    of = {name: f"weights of {name}" for name in ("student", "mopd1", "near_teacher", "far_teacher")}
+    assert written == {"weights": of, "domains": {"far": {"teacher": "far_teacher", "answers": answers}}}
+    assert ablations.foreign(made, written) == ""
+    leave(made, "student", answered("0001", stage="another student"))
+    assert "student was checkpoint weights of s" in ablations.foreign(made, written)
 
 
 def test_nothing_is_compared_where_no_teacher_needed_the_warm_up(
@@ -131,7 +135,8 @@ def test_boosting_runs_with_further_seeds_and_counts_the_recipes_own(
 ) -> None:
     made = recipe(tmp_path)
     leave(made, "boosted", {"acceptance": lengths(1.0)}, "before.json")
-    leave(made, "boosted", {"acceptance": lengths(1.5)})
+    leave(made, "boosted", {"acceptance": lengths(1.5)} | ended("boosted"))
+    leave(made, "mopd1", ended("mopd1"))
     ran = []
 
     def train(config: Any, groups: Groups, title: str) -> None:
@@ -152,6 +157,61 @@ def test_boosting_runs_with_further_seeds_and_counts_the_recipes_own(
         (43, 44.5),
         (44, 45.5),
     ]
+    assert [list(run["weights"]) for run in runs] == [["mopd1", "boosted"], ["mopd1"], ["mopd1"]]
+
+
+def test_an_external_teacher_is_left_out_by_name(
+    tool: ModuleType, tmp_path: Path, groups: Groups, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = recipe(tmp_path)
+    outside = {"far_teacher": {"checkpoint": "elsewhere", "domains": ["far"]}}
+
+    def from_outside(stage: Any) -> Any:
+        kept = {name: domains for name, domains in stage.teachers.items() if name != "far_teacher"}
+        settings = stage.settings | ({"teachers": outside} if stage.teachers else {})
+        return stage.model_copy(update={"teachers": kept, "settings": settings})
+
+    stages = [from_outside(stage) for stage in made.stages if stage.name != "far_teacher"]
+    made = made.model_copy(update={"stages": stages})
+    decide(made, near="go", far="warm_up")
+    tool.warm_up(made, groups, Namespace())
+    said = capsys.readouterr().out
+    assert "far_teacher came as checkpoints, whose accuracy no stage measures" in said and "none to weigh" in said
+    assert not (tmp_path / "ablations").exists()
+
+
+def test_lengths_that_nobody_could_measure_are_shown_as_such(
+    tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No completion of 32 tokens in one of the runs: the gain is that of the others."""
+    runs = [{"seed": 1, "before": lengths(1.0), "after": lengths(None)}]
+    runs += [{"seed": seed, "before": lengths(1.0), "after": lengths(1.5)} for seed in (2, 3)]
+    tool.show_boosting(runs)
+    said = capsys.readouterr().out
+    assert "1.000 → n/a" in said and "[+0.500, +0.500]" in said
+
+
+def test_the_command_takes_words_from_a_file_and_the_directory_for_itself(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(tmp_path)
+    (tmp_path / "words.txt").write_text(
+        f"# as the recipe was run with\n\ndir={tmp_path / 'other'}\nboosted:run.steps=3\n"
+    )
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path / "recipe.yaml"), f"@{tmp_path / 'words.txt'}", "--only=warm_up"])
+    asked: list[Recipe] = []
+
+    def held(recipe: Recipe, *_: Any) -> None:
+        asked.append(recipe)
+        with pytest.raises(ConfigurationError, match=r"other: process \d+ on .* is running stages there"):
+            anew.set_aside(recipe, "student")
+
+    monkeypatch.setattr(anew, "PATIENCE", 0.1)
+    monkeypatch.setitem(tool.ABLATIONS, "warm_up", held)
+    (tmp_path / "other" / "student").mkdir(parents=True)
+    assert tool.main() == 0
+    assert asked[0].dir == tmp_path / "other" and asked[0].stage("boosted", "").settings["run"] == {"steps": 3}
+    assert made.dir == tmp_path and len(anew.set_aside(asked[0], "student")) == 1  # free again
 
 
 def test_a_recipe_that_has_not_run_is_named(tool: ModuleType, tmp_path: Path, groups: Groups) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from megatron_mopd.recipe import graph, graph_plot
 from megatron_mopd.recipe.graph_layout import BOX, Layout, arrange
-from megatron_mopd.recipe.schema import Recipe, load_recipe
+from megatron_mopd.recipe.schema import Recipe, Stage, load_recipe
 
 EXAMPLES = sorted(p for p in (Path(__file__).parents[1] / "examples").glob("*.yaml") if "\nstages:" in p.read_text())
 SFT = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}, "run": {"steps": 2}}
@@ -110,6 +110,31 @@ def test_a_finished_recipe_names_what_it_found(recipe: Recipe) -> None:
     assert nodes["two"]["checkpoint_id"] == "id of two" and nodes["warm"]["state"] == "planned"
     assert nodes["look"]["note"] == "1 go, 1 warm up" and nodes["small"]["note"] == "4.85 bits a parameter"
     assert {e for e in edges(made) if e[1] == "traces"} == {("two", "traces", "warm")}  # the only one in need
+
+
+def test_teachers_that_came_as_checkpoints_are_in_it(recipe: Recipe, tmp_path: Path) -> None:
+    """One node each, whatever they teach; two checkpoints of one name are two."""
+
+    def given(place: str, *domains: str) -> dict[str, Any]:
+        return {"checkpoint": str(tmp_path / place), "domains": list(domains)}
+
+    outside = {"look": given("mine", "b"), "warm": given("mine", "b"), "mopd": given("other", "b")}
+
+    def from_outside(stage: Stage) -> Stage:
+        if stage.name not in outside:
+            return stage
+        settings = stage.settings | {"teachers": {"mine": outside[stage.name]}}
+        return stage.model_copy(update={"teachers": {"one": ["a"]}, "settings": settings})
+
+    made = graph.build(recipe.model_copy(update={"stages": [from_outside(stage) for stage in recipe.stages]}))
+    nodes = {node["name"]: node for node in made["nodes"] if node["type"] == "external"}
+    assert list(nodes) == ["mine", f"mine, {tmp_path / 'other'}"]
+    assert {(n["state"], tuple(n["domains"]), n["checkpoint_id"]) for n in nodes.values()} == {("given", ("b",), None)}
+    found = edges(made)
+    assert {("mine", "measured", "look"), ("mine", "traces", "warm"), ("one", "teacher", "mopd")} <= found
+    assert (f"mine, {tmp_path / 'other'}", "teacher", "mopd") in found and ("mine", "teacher", "mopd") not in found
+    graph_plot.save(made, tmp_path / "graph.png")
+    assert (tmp_path / "graph.png").stat().st_size > 1000
 
 
 def test_what_starts_from_a_skipped_warm_up_starts_from_its_start(recipe: Recipe) -> None:

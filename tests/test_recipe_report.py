@@ -16,8 +16,8 @@ from rich.console import Console
 from megatron_mopd import intervals
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.intervals import recovery_gain, recovery_interval
-from megatron_mopd.recipe import outcomes, promises, report, tables, text
-from megatron_mopd.recipe.schema import Recipe, stage_config
+from megatron_mopd.recipe import ablations, outcomes, promises, report, tables, text
+from megatron_mopd.recipe.schema import Recipe, Stage, stage_config
 
 TASKS = 1000
 DISTILLED = ("reverse", "order", "palindrome", "count")
@@ -28,6 +28,7 @@ RATES = {
     "reverser": (0.98, 0.02, 0.11, 0.04, 0.50, 0.41),
     "orderer": (0.01, 0.93, 0.09, 0.02, 0.40, 0.33),
     "counter": (0.02, 0.03, 0.97, 0.92, 0.44, 0.35),
+    "warm_up": (0.47, 0.42, 0.40, 0.45, 0.90, 0.80),
     "mopd1": (0.90, 0.80, 0.88, 0.79, 0.96, 0.865),
     "orderer2": (0.02, 0.95, 0.12, 0.05, 0.42, 0.30),
     "mopd2": (0.96, 0.91, 0.94, 0.88, 0.955, 0.87),
@@ -61,7 +62,8 @@ def a_recipe(directory: Path) -> Recipe:
         ("sft", None, {}, SFT | steps),
         ("student", "sft", {}, SFT | steps),
         *((name, "student", {}, SFT | steps) for name in ("reverser", "orderer", "counter")),
-        ("mopd1", "student", TAUGHT, mopd),
+        ("warm_up", "student", TAUGHT, SFT | {"source": {"type": "traces"}} | steps),
+        ("mopd1", "warm_up", TAUGHT, mopd),
         ("orderer2", "mopd1", {}, SFT | steps),
         ("mopd2", "mopd1", TAUGHT_2, mopd),
         ("boosted", "mopd2", {}, {"objective": {"type": "mtp_boosting"}, "run": {"steps": 80}}),
@@ -71,7 +73,9 @@ def a_recipe(directory: Path) -> Recipe:
         for name, initial, teachers, settings in train
     ]
     stages.insert(5, {"name": "preflight", "type": "preflight", "initial": "student", "teachers": TAUGHT})
-    stages.insert(9, {"name": "preflight_after", "type": "preflight", "initial": "mopd2", "teachers": TAUGHT_2})
+    stages[6]["after"] = "preflight"
+    stages.insert(9, {"name": "preflight_refreshed", "type": "preflight", "initial": "mopd1", "teachers": TAUGHT_2})
+    stages.insert(11, {"name": "preflight_after", "type": "preflight", "initial": "mopd2", "teachers": TAUGHT_2})
     quantize = {"name": "nvfp4", "type": "quantize", "initial": "boosted", "settings": {"recipe": "ultra-ptq"}}
     roles = {
         "sft": "sft",
@@ -81,6 +85,7 @@ def a_recipe(directory: Path) -> Recipe:
         "quantized": "nvfp4",
         "preflight": "preflight",
         "preflight_after": "preflight_after",
+        "notes": {"copy": "a sibling of reverse", "order": "two words"},
     }
     return Recipe.model_validate({"dir": directory, "stages": [*stages, quantize], "report": roles})
 
@@ -133,19 +138,23 @@ def write_stages(recipe: Recipe, rates: Mapping[str, tuple[float, ...]] = RATES,
     for place, stage in enumerate(recipe.stages):
         directory = recipe.dir / stage.name
         leave(directory / "stage.json", {"fingerprint": "", "finished": True})
+        taught = {name: teacher.domains for name, teacher in stage_config(recipe, stage).teachers.items()}
         if stage.type == "preflight":
-            leave(directory / "preflight.json", preflight(stage.teachers, 0.35 if stage.name == "preflight" else 0.62))
+            overlaps = {"preflight": 0.35, "preflight_refreshed": 0.55, "preflight_after": 0.62}
+            leave(directory / "preflight.json", preflight(taught, overlaps[stage.name]))
             leave(directory / "result.json", {"wall_s": 12.0, "memory_bytes": 900_000_000})
             if stage.name == until:
                 return
             continue
         result = measured(stage.name, rates) | {"history": [], "wall_s": 40.0 + 17 * place, "seed": 42}
         result |= {"memory_bytes": 1_100_000_000 + place, "parallel": {"tensor": 1}, "versions": {"torch": "2.13.0"}}
+        if stage.type == "train":
+            result["ended"] = {"run_id": stage.name, "step": 200, "checkpoint_id": weights(stage.name)[stage.name]}
         before: dict[str, Any] = {}
-        if stage.teachers:
-            before = measured("student" if stage.name == "mopd1" else "mopd1", rates)
+        if taught:
+            before = measured(stage.initial or "", rates)
             for tree, kl in ((before, 0.9), (result, 0.04)):
-                tree["reverse_kl"] = {t: dict.fromkeys(DISTILLED, kl) for t in stage.teachers}
+                tree["reverse_kl"] = {t: dict.fromkeys(DISTILLED, kl) for t in taught}
                 tree["examples"] = [example(domain, kl) for domain in DISTILLED]
             result["history"] = [
                 {"step": step, "accuracy": between(before["accuracy"], result["accuracy"], step / 200)}
@@ -154,7 +163,7 @@ def write_stages(recipe: Recipe, rates: Mapping[str, tuple[float, ...]] = RATES,
             rows = [{"step": s, "time/evaluate": 0.5} | kl_row(s) for s in range(1, 201)]
             (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if stage.name == "boosted":
-            before, result["acceptance"] = {"acceptance": acceptance(0.0)}, acceptance(0.55)
+            before, result["acceptance"] = {"acceptance": acceptance(0.0), "measure_s": 3.0}, acceptance(0.55)
         if stage.type == "quantize":
             result["quantized"] = {"recipe": "ultra-ptq", "bits_per_element": 5.03, "parameters": 1_700_000}
             result["quantized"] |= {"source_bytes": 3_400_000, "stored_bytes": 1_068_875, "groups": []}
@@ -182,29 +191,38 @@ def between(first: Mapping[str, Any], last: Mapping[str, Any], share: float) -> 
     }
 
 
+def weights(*stages: str) -> dict[str, str]:
+    """What an ablation of the finished recipe says it is of."""
+    return {stage: hashlib.sha256(stage.encode()).hexdigest() for stage in stages}
+
+
 def write_ablations(recipe: Recipe) -> None:
     arms = {"before": (0.12,), "without": (0.41,), "with": (0.83,), "teacher": (0.94,)}
     rates = {arm: (0.0,) * 3 + rate + (0.0,) * 2 for arm, rate in arms.items()}
     answers = {arm: answered(arm, "count", rates) for arm in arms}
     domains = {"count": {"teacher": "counter", "answers": answers}}
     domains["palindrome"] = {"teacher": "counter", "answers": {arm: marks[::-1] for arm, marks in answers.items()}}
-    leave(recipe.dir / "ablations" / "warm_up.json", {"domains": domains})
+    of = weights("student", "mopd1", "counter")
+    leave(recipe.dir / "ablations" / "warm_up.json", {"weights": of, "domains": domains})
     draw = random.Random(1)
     runs = [
         {
             "lag": lag,
-            "corrected": corrected,
+            "form": form,
             "seed": seed,
-            "recovery": 0.93 - (0.012 if corrected else 0.02) * lag**0.5 + draw.gauss(0, 0.015),
-            "cosine": 0.97 - (0.02 if corrected else 0.05) * lag**0.7 + draw.gauss(0, 0.004),
+            "weights": weights("warm_up", "counter"),
+            "recovery": None if form == "recomputed" else 0.93 - 0.012 * (1 + worse) * lag**0.5 + draw.gauss(0, 0.015),
+            "cosine": 0.97 - (0.02 + 0.03 * worse) * lag**0.7 + draw.gauss(0, 0.004),
         }
         for lag in (0, 1, 4, 8)
-        for corrected in ((True, False) if lag else (True,))
+        for worse, form in enumerate(("corrected", "recomputed", "uncorrected") if lag else ("corrected",))
         for seed in (1, 2, 3)
     ]
-    leave(recipe.dir / "ablations" / "staleness.json", {"runs": runs})
+    settings = {"stage": "mopd1", "steps": 80, "prompts": 96, "lr": 2e-4, "samples": 300, "probe": 1536}
+    leave(recipe.dir / "ablations" / "staleness.json", {"settings": settings, "runs": runs})
     boosting = [{"seed": s, "before": acceptance(0.0), "after": acceptance(0.5 + 0.02 * s)} for s in (1, 2, 3)]
-    leave(recipe.dir / "ablations" / "mtp_boosting.json", {"runs": boosting})
+    runs = [run | {"weights": weights("mopd2")} for run in boosting]
+    leave(recipe.dir / "ablations" / "mtp_boosting.json", {"runs": runs})
 
 
 def tree_of(recipe: Recipe) -> dict[str, Any]:
@@ -280,6 +298,7 @@ def test_the_table_is_what_the_answers_say(finished: Recipe) -> None:
     assert rates == {
         "sft": 0.28,
         "before": 0.41,
+        "warm_up_1": 0.42,
         "mopd_1": 0.80,
         "mopd_2": 0.91,
         "boosted": 0.91,
@@ -304,7 +323,7 @@ def test_the_table_is_what_the_answers_say(finished: Recipe) -> None:
 
 def test_domains_that_were_not_distilled_are_compared_with_before(finished: Recipe) -> None:
     changes = tree_of(finished)["undistilled"]["copy"]["changes"]
-    assert set(changes) == {"mopd_1", "mopd_2", "boosted", "quantized"}
+    assert set(changes) == {"warm_up_1", "mopd_1", "mopd_2", "boosted", "quantized"}
     assert changes["mopd_2"]["rate"] == pytest.approx(-0.005) and changes["quantized"]["rate"] == pytest.approx(-0.007)
 
 
@@ -312,7 +331,7 @@ def test_curves_put_both_iterations_on_one_axis(finished: Recipe) -> None:
     curves = tree_of(finished)["curves"]
     assert [(b["stage"], b["from"], b["to"]) for b in curves["iterations"]] == [("mopd1", 0, 200), ("mopd2", 200, 400)]
     points = curves["accuracy"]["reverse"]
-    assert [points[0], points[-1]] == [[0, 460, 1000], [400, 960, 1000]]
+    assert [points[0], points[-1]] == [[0, 470, 1000], [400, 960, 1000]]
     assert [200, 900, 1000] in points and [step for step, _, _ in points] == sorted(step for step, _, _ in points)
     assert curves["reverse_kl_k1"]["order"][200] == [201, pytest.approx(0.9 * 0.98)]
 
@@ -322,6 +341,12 @@ def test_overlap_is_that_of_the_teacher_that_serves_then(finished: Recipe) -> No
     assert (row["before"]["teacher"], row["after"]["teacher"]) == ("orderer", "orderer2")
     assert (row["before"]["decision"], row["after"]["decision"]) == ("warm_up", "go")
     assert (row["before"]["overlap"], row["after"]["overlap"]) == pytest.approx((0.38, 0.65))
+    assert list(row) == ["before", "preflight_refreshed", "after"]
+    refreshed = row["preflight_refreshed"]
+    assert (refreshed["student"], refreshed["teacher"]) == ("mopd1", "orderer2")
+    assert refreshed["overlap"] == pytest.approx(0.58)
+    shown = text.to_markdown(tree_of(finished), {})
+    assert "| order | preflight_refreshed | mopd1 | orderer2 | go | 58.0% |" in shown
 
 
 def test_acceptance_gains_are_paired_by_prompt_and_over_seeds(finished: Recipe) -> None:
@@ -345,8 +370,13 @@ def test_warm_up_and_staleness_are_read_from_the_ablations(finished: Recipe) -> 
     assert row["recovery"]["with"]["value"] == pytest.approx(0.71 / 0.82)
     assert row["gain"]["value"] == pytest.approx(0.42 / 0.82)
     assert row["gain"]["low"] < row["gain"]["value"] < row["gain"]["high"]
-    assert [(one["lag"], one["corrected"]) for one in tree["staleness"]][:3] == [(0, True), (1, True), (1, False)]
-    assert all(len(one["recovery"]["values"]) == 3 for one in tree["staleness"])
+    rows = tree["staleness"]["rows"]
+    forms = ["corrected", "recomputed", "uncorrected"]
+    assert [(one["lag"], one["form"]) for one in rows][:4] == [(0, "corrected"), *((1, form) for form in forms)]
+    assert all(len(one["recovery"]["values"]) == 3 for one in rows if one["form"] != "recomputed")
+    assert [one["recovery"] for one in rows if one["form"] == "recomputed"] == [None] * 3
+    shown = text.to_markdown(tree, {})
+    assert "| 4 | recomputed | not trained |" in shown and "80 steps of mopd1 with 96 prompts" in shown
 
 
 def test_time_and_memory_of_each_stage(finished: Recipe) -> None:
@@ -354,6 +384,7 @@ def test_time_and_memory_of_each_stage(finished: Recipe) -> None:
     rows = {row["stage"]: row for row in tree["stages"]}
     assert list(rows) == finished.names and rows["preflight"]["wall_s"] == 12.0
     assert rows["mopd1"]["evaluation_s"] == pytest.approx(9 + 9 + 200 * 0.5) and rows["mopd1"]["steps"] == 200
+    assert rows["boosted"]["evaluation_s"] == pytest.approx(3 + 9), "speculative decoding before it counts"
     assert rows["sft"]["memory_bytes"] == 1_100_000_000 and tree["seeds"] == [42]
     assert tree["wall_s"] == sum(row["wall_s"] for row in rows.values())
     assert text.memory(rows["sft"]) == "1.10 GB" and text.memory({}) == ""
@@ -415,20 +446,21 @@ def test_a_change_is_missed_by_its_whole_interval_alone(finished: Recipe) -> Non
 def test_ablations_can_miss_their_promises(finished: Recipe) -> None:
     write_ablations(finished)
     folder = finished.dir / "ablations"
-    warm_up, staleness, boosting = (json.loads((folder / f"{n}.json").read_text()) for n in outcomes.ABLATIONS)
+    warm_up, staleness, boosting = (json.loads((folder / f"{n}.json").read_text()) for n in ablations.NAMES)
     answers = warm_up["domains"]["palindrome"]["answers"]
     answers["with"] = answers["without"]
     for run in staleness["runs"]:
-        run["recovery"] -= 0.3 * (run["lag"] == 4 and run["corrected"])
+        if (run["lag"], run["form"]) == (4, "corrected"):
+            run["recovery"] -= 0.3
     for run in boosting["runs"]:
         run["after"]["draft_7"] = run["before"]["draft_7"]
-    for name, changed in zip(outcomes.ABLATIONS, (warm_up, staleness, boosting), strict=True):
+    for name, changed in zip(ablations.NAMES, (warm_up, staleness, boosting), strict=True):
         leave(folder / f"{name}.json", changed)
     tree = tree_of(finished)
     found = statuses(tree)
     assert {name for name, status in found.items() if status == "missed"} == {"warm-up", "acceptance", "asynchrony"}
     cases = {case["what"]: case["held"] for p in tree["promises"] if p["name"] == "asynchrony" for case in p["cases"]}
-    assert cases == {"lag 1": True, "lag 4": False, "lag 8": True, "cosine at the largest lag": True}
+    assert cases == {"lag 1": True, "lag 4": False, "lag 8": True, "cosine at lag 8": True}
 
 
 def test_a_teacher_that_is_no_better_misses_the_promise(tmp_path: Path) -> None:
@@ -485,6 +517,73 @@ def test_an_unfinished_stage_does_not_count(finished: Recipe) -> None:
     assert tree["quantized"] is None and "stage nvfp4: not finished" in tree["missing"]
 
 
+def test_ablations_of_other_weights_are_not_shown(finished: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a recipe that was run anew since, and those of a version that did not say what they are of."""
+    write_ablations(finished)
+    (finished.dir / "ablations" / "staleness.png").write_bytes(b"")
+    folder = finished.dir / "ablations"
+    warm_up, staleness = (json.loads((folder / f"{n}.json").read_text()) for n in ("warm_up", "staleness"))
+    leave(folder / "warm_up.json", {"domains": warm_up["domains"]})
+    staleness["runs"][-1]["weights"]["counter"] = "0" * 64
+    leave(folder / "staleness.json", staleness)
+    leave(finished.dir / "mopd2" / "stage.json", {"fingerprint": "", "finished": False})
+    (finished.dir / "mopd2" / "result.json").unlink()
+    monkeypatch.setattr(report.pictures, "figures", lambda tree, examples: iter(()))
+    tree = report.publish(finished, {stage.name: stage_config(finished, stage) for stage in finished.stages})
+    assert tree["warm_up"] is None and tree["staleness"] is None
+    assert "seeds" not in tree["acceptance"]["draft_2"]["greedy"]
+    repeat = "; repeat it with make recipe-ablations"
+    ours = weights("counter")["counter"][:12]
+    assert {line for line in tree["missing"] if "another run" in line} == {
+        f"warm-up ablation: ablations/warm_up.json is of another run (it does not say whose weights it is of){repeat}",
+        "staleness: ablations/staleness.json is of another run (counter was checkpoint 000000000000 there and is"
+        f" {ours} here){repeat}",
+        "MTP boosting over seeds: ablations/mtp_boosting.json is of another run (mopd2 was checkpoint"
+        f" {weights('mopd2')['mopd2'][:12]} there and is not finished here){repeat}",
+    }
+    shown = (finished.dir / "report.md").read_text()
+    assert "of another run" in shown and "staleness.png" not in shown
+
+
+def test_a_teacher_that_came_as_a_checkpoint_is_a_teacher(tmp_path: Path) -> None:
+    """Its domain is distilled, its overlap is shown; its accuracy, and so the recovery, are said to be not measured."""
+    recipe = a_recipe(tmp_path / "recipe")
+    entry = {"reverser": {"checkpoint": "elsewhere/reverser", "domains": ["reverse"]}}
+
+    def with_external(stage: Stage) -> Stage:
+        if "reverser" not in stage.teachers:
+            return stage
+        teachers = {name: domains for name, domains in stage.teachers.items() if name != "reverser"}
+        return stage.model_copy(update={"teachers": teachers, "settings": stage.settings | {"teachers": entry}})
+
+    stages = [with_external(stage) for stage in recipe.stages if stage.name != "reverser"]
+    recipe = recipe.model_copy(update={"stages": stages})
+    write_stages(recipe)
+    tree = report.publish(recipe, {stage.name: stage_config(recipe, stage) for stage in recipe.stages})
+    assert set(tree["distilled"]) == set(DISTILLED) and set(tree["undistilled"]) == set(OTHERS)
+    row = tree["distilled"]["reverse"]
+    assert row["external"] and row["cells"]["teacher"] is None and row["recovery"] is None
+    assert row["change"]["rate"] == pytest.approx(0.5) and not tree["distilled"]["order"]["external"]
+    assert tree["overlap"]["reverse"]["before"]["teacher"] == "reverser"
+    assert "reverser" in next(row for row in tree["stages"] if row["stage"] == "mopd1")["teachers"]
+    (promise,) = (p for p in tree["promises"] if p["name"] == "recovery")
+    assert promise["status"] == "not measured" and len(promise["cases"]) == 3
+    assert promise["absent"] == "accuracy of the teacher not measured: reverse"
+    lost = "accuracy of teacher reverser: it came as a checkpoint and no stage measured it, so there is no recovery in"
+    assert f"{lost} reverse" in tree["missing"]
+    shown = (recipe.dir / "report.md").read_text()
+    assert (
+        "| external, not measured (reverser) | not measured | +50.0 [" in shown and "No recovery in reverse:" in shown
+    )
+
+
+def test_a_note_on_a_domain_that_nobody_measured_is_missed(finished: Recipe) -> None:
+    assert finished.report is not None
+    roles = finished.report.model_copy(update={"notes": {"late": "a sibling"}})
+    tree = tree_of(finished.model_copy(update={"report": roles}))
+    assert "report.notes.late: no stage is measured on this domain" in tree["missing"]
+
+
 # ------------------------------------------------------------------ files
 
 
@@ -498,9 +597,11 @@ def test_the_files_tell_the_story_first(finished: Recipe) -> None:
     shown = (finished.dir / "report.md").read_text()
     assert shown.startswith("# recipe: 3 teachers into one student, 2 iterations\n")
     headings = [line for line in shown.splitlines() if line.startswith("## ")]
-    assert headings[0] == "## Promises" and shown.index("| domain | SFT | before | MOPD 1 | MOPD 2 | teacher |") < 600
+    assert headings[0] == "## Promises" and shown.index("| domain | SFT | before | warm-up | MOPD 1 |") < 600
     assert "| **92.6% [" in shown and "95.0% [93.5, 96.2] (orderer2)" in shown
     assert "order: orderer2, refreshed from orderer, which had 93.0% [91.2, 94.4]." in shown
+    assert "| +50.0 [" in shown and "\n\norder: two words\n\n## Promises" in shown
+    assert "\n\ncopy: a sibling of reverse\n\n## Warm-up" in shown
     pictures = {path.name for path in finished.dir.glob("*.png")}
     assert pictures == {
         "recovery.png",
@@ -533,5 +634,14 @@ def test_the_terminal_fits_in_100_columns_and_cuts_no_number(finished: Recipe) -
     shown = console.export_text()
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 100
     assert "…" not in shown and "6 of 6 promises held" in shown
-    for expected in ("92.6%", "[89.9, 95.1]", "89.1–92.6", "+50.0", "orderer2*", "5.030 bits", "1.10 GB"):
+    for expected in (
+        "92.6%",
+        "[89.9, 95.1]",
+        "89.1–92.6",
+        "orderer2*",
+        "orderer → orderer2",
+        "5.030 bits",
+        "1.10 GB",
+        "copy: a sibling of reverse",
+    ):
         assert expected in shown

@@ -76,6 +76,16 @@ def test_the_recipe_is_one_that_can_be_proved() -> None:
     held_out = {(source.domain, source.size) for c in configs for source in c.data.held_out if source.type != "jsonl"}
     assert held_out == {(domain, 1000) for domain in (*taught, "late")} and len(taught) == 4
     assert {c.evaluation.final_samples for c in configs} == {1000}
+    assert recipe.report.notes.keys() == {"late"}
+
+
+def test_every_teacher_is_measured_before_it_teaches() -> None:
+    recipe = load_recipe(RECIPE, [])
+    measured: set[str] = set()
+    for stage in recipe.stages:
+        if stage.type == "preflight":
+            measured |= stage.teachers.keys()
+        assert stage.teachers.keys() <= measured, stage.name
 
 
 def test_the_short_form_changes_every_training_stage() -> None:
@@ -101,7 +111,7 @@ def test_every_stage_has_run(directory: Path) -> None:
 def test_the_student_comes_nearer_to_its_teachers(directory: Path) -> None:
     """Where a teacher is far better than the student, at least a third of the way; without distillation it is none."""
     rows = read(directory / "report.json")["distilled"]
-    gaps = {d: r["cells"]["teacher"]["value"] - r["cells"]["before"]["value"] for d, r in rows.items()}
+    gaps = {d: r["cells"]["teacher"]["rate"] - r["cells"]["before"]["rate"] for d, r in rows.items()}
     wide = [domain for domain, gap in gaps.items() if gap > 0.2]
     assert set(wide) >= {"order", *PAIR}, gaps
     recovered = {domain: rows[domain]["recoveries"]["mopd_2"]["value"] for domain in wide}
@@ -112,5 +122,7 @@ def test_the_student_comes_nearer_to_its_teachers(directory: Path) -> None:
 def test_the_warm_up_is_for_the_pair_and_helps_it(directory: Path) -> None:
     decided = {t: e["decision"] for t, e in read(directory / "preflight" / "preflight.json")["teachers"].items()}
     assert [decided[teacher] for teacher in ("ranker", "tenther")] == ["warm_up", "warm_up"], decided
+    refreshed = read(directory / "preflight_refreshed" / "preflight.json")["teachers"]
+    assert "orderer2" in refreshed and "refuse" not in {entry["decision"] for entry in refreshed.values()}
     gains = {domain: read(directory / "report.json")["warm_up"][domain]["gain"]["value"] for domain in PAIR}
     assert min(gains.values()) >= 0.1, gains

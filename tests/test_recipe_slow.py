@@ -221,6 +221,36 @@ def test_a_second_start_keeps_everything(whole: Whole) -> None:
     assert outcome(whole.path.parent / "runs") == whole.outcome
 
 
+def test_teachers_that_came_as_checkpoints_teach_like_stages(whole: Whole, tmp_path: Path) -> None:
+    """The recipe once more without the stages of its first two teachers: measured, warmed up to and learned from, they
+    give the same students, and the report says what is not known of them."""
+    runs = whole.path.parent / "runs"
+    tree = yaml.safe_load(whole.path.read_text())
+    given = {
+        name: {"checkpoint": str(runs / name / "checkpoints"), "domains": [domain]}
+        for name, domain in (("first", "a"), ("second", "b"))
+    }
+    kept = ("sft", "student", "preflight", "warm_up", "mopd1")
+    stages = [stage for stage in tree["stages"] if stage["name"] in kept]
+    for stage in stages[2:]:
+        stage["settings"] = stage.get("settings", {}) | {"teachers": given}
+        del stage["teachers"]
+    roles = {"sft": "sft", "before": "student", "iterations": ["mopd1"], "preflight": "preflight"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree | {"dir": str(tmp_path / "runs"), "stages": stages, "report": roles}))
+    finish(path)
+    again = outcome(tmp_path / "runs")
+    same = [name for name in again if name.startswith("mopd1/checkpoints") or name.endswith("preflight.json")]
+    assert len(same) == 3 and {name: again[name] for name in same} == {name: whole.outcome[name] for name in same}
+    report = json.loads((tmp_path / "runs" / "report.json").read_text())
+    assert {row["external"] for row in report["distilled"].values()} == {True} and set(report["distilled"]) == {
+        "a",
+        "b",
+    }
+    assert {row["before"]["teacher"] for row in report["overlap"].values()} == {"first", "second"}
+    assert "external, not measured (first)" in (tmp_path / "runs" / "report.md").read_text()
+
+
 def has(*names: str) -> Callable[[Path], bool]:
     return lambda directory: any((directory / name).exists() for name in names)
 
@@ -254,7 +284,8 @@ def test_a_killed_rank_changes_no_digit(whole: Whole, stage: str, rank: int, mom
     said = end_of(running)
     assert running.returncode == 1
     *_, where, again = said.splitlines()
-    assert f"{stage} " in where and again == f"Go on with: python -m megatron_mopd.recipe {whole.path}"
+    assert f"{stage} " in where
+    assert again == f"Once the reason is removed, go on with: python -m megatron_mopd.recipe {whole.path}"
     assert json.loads((runs / stage / "stage.json").read_text())["finished"] is False
     finish(whole.path)
     assert outcome(runs) == whole.outcome

@@ -8,12 +8,14 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from megatron_mopd import answering, evaluation, runner
@@ -35,6 +37,8 @@ STAGES: list[dict[str, Any]] = [
     {"name": "mopd", "initial": "warm_up", "teachers": TEACHERS, "settings": {"run": {"steps": 2}}},
     {"name": "nvfp4", "type": "quantize", "initial": "mopd", "settings": {"recipe": "ultra-ptq"}},
 ]
+OUTSIDE = {"checkpoint": "elsewhere", "domains": ["quiet"]}
+"""A teacher that came as a checkpoint."""
 ROLES = {"before": "student", "iterations": ["mopd"], "quantized": "nvfp4", "preflight": "preflight"}
 
 
@@ -179,6 +183,24 @@ ALL = [stage["name"] for stage in STAGES]
         ({"stages": changed("warm_up", initial="good")}, "must be a preflight stage of the same student"),
         ({"stages": changed("preflight", teachers={"far": ["loud"]})}, "'preflight' decides nothing on .* 'good'"),
         ({"stages": without("preflight")}, "'warm_up' needs 'preflight', which is no earlier stage"),
+        (
+            {"stages": changed("mopd", settings={"teachers": {"far": OUTSIDE | {"domains": ["loud"]}}})},
+            r"'mopd': settings.teachers.far.checkpoint = elsewhere, but 'far' is a stage of this recipe",
+        ),
+        (
+            {"stages": changed("warm_up", settings=TRACES | {"teachers": {"mine": OUTSIDE}})},
+            "'preflight' decides nothing on .* 'mine'",
+        ),
+        (
+            {
+                "stages": [
+                    *without("warm_up", "mopd", "nvfp4", "preflight"),
+                    STAGES[3] | {"settings": {"teachers": {"mine": OUTSIDE}}},
+                    STAGES[4] | {"settings": TRACES | {"teachers": {"mine": OUTSIDE | {"checkpoint": "there"}}}},
+                ]
+            },
+            "'mine' is there, and that of 'preflight', which decides on it, is elsewhere",
+        ),
         ({"stages": [*STAGES, {"name": "converted"}]}, "'converted': dir has another folder of that name"),
         ({"report": ROLES | {"sftt": "student"}}, "report.sftt: unknown key; did you mean 'sft'"),
         (
@@ -248,8 +270,13 @@ def test_a_decision_that_changes_is_no_silent_change_of_start(fakes: Fakes, grou
     assert [source.name for source, _ in moved] == ["preflight", "warm_up", "mopd", "nvfp4"]
     for source, target in moved[1:]:  # as if only the pre-flight had been moved away, by hand
         target.rename(source)
-    with pytest.raises(ConfigurationError, match=r"'warm_up'.*holds a warm-up and 'preflight' says no teacher needs"):
+    with pytest.raises(ConfigurationError, match=r"no teacher needs one; start the same command with --from warm_up"):
         run(path, groups)
+    fakes.again()
+    anew.set_aside(recipe, "warm_up")  # as that command does
+    run(path, groups)
+    assert fakes.again() == ["mopd", "nvfp4"] and schema.is_skipped(recipe, "warm_up")
+    assert fakes.configs["mopd"].model.initial == recipe.dir / "student" / "checkpoints"
 
 
 def test_a_refused_teacher_stops_the_recipe_before_it_teaches(fakes: Fakes, groups: Groups, tmp_path: Path) -> None:
@@ -278,6 +305,82 @@ def test_a_warm_up_that_is_needed_and_not_planned_is_said(
     stages = [s | {"initial": "student"} if s["name"] == "mopd" else s for s in without("warm_up")]
     run(write(tmp_path / "recipe.yaml", stages=stages), groups)
     assert "preflight: far needs a warm-up (far looks so) and no stage gives one" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- teachers that came as checkpoints
+
+
+def external(tmp_path: Path, **changes: Any) -> Path:
+    """The recipe whose two teachers are checkpoints: no stage trains them."""
+    given = {
+        name: {"checkpoint": str(tmp_path / "given" / name), "domains": domains} for name, domains in TEACHERS.items()
+    }
+    for teacher in given.values():
+        finished(Path(teacher["checkpoint"]))
+
+    def from_outside(stage: dict[str, Any]) -> dict[str, Any]:
+        if "teachers" not in stage:
+            return stage
+        kept = {key: value for key, value in stage.items() if key != "teachers"}
+        return kept | {"settings": stage.get("settings", {}) | {"teachers": given}}
+
+    stages = [from_outside(stage) for stage in without("good", "far")]
+    return write(tmp_path / "recipe.yaml", stages=stages, report=ROLES, **changes)
+
+
+def finished(root: Path) -> None:
+    """A checkpoint with nothing but its identity."""
+    (place := root / "iter_0000002").mkdir(parents=True)
+    (place / ".metadata").touch()
+    (place / "metadata.json").write_text("{}")
+    (place / "mopd_manifest.json").write_text(json.dumps({"checkpoint_id": hashlib.sha256(b"given").hexdigest()}))
+
+
+def test_a_recipe_may_have_external_teachers_alone(fakes: Fakes, groups: Groups, tmp_path: Path) -> None:
+    """They are measured, warmed up to where they need it, and learned from."""
+    recipe = run(external(tmp_path), groups)
+    assert fakes.again() == [name for name in ALL if name not in TEACHERS]
+    assert set(fakes.configs["preflight"].teachers) == set(TEACHERS)
+    assert set(fakes.configs["warm_up"].teachers) == {"far"} and set(fakes.configs["mopd"].teachers) == set(TEACHERS)
+    assert fakes.configs["mopd"].teachers["far"].checkpoint == tmp_path / "given" / "far"
+    assert set(schema.teachers_of(recipe, recipe.stage("mopd", ""))) == set(TEACHERS)
+
+
+def test_an_external_teacher_is_refused_as_any_other(fakes: Fakes, groups: Groups, tmp_path: Path) -> None:
+    fakes.decisions["far"] = "refuse"
+    path = external(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"'preflight' refuses the teacher 'far' .*; 'warm_up' would learn"):
+        run(path, groups)
+    assert fakes.again() == ["student", "preflight"]
+    # The same name for another checkpoint, which nobody has measured, is no teacher that was refused.
+    tree = yaml.safe_load(path.read_text())
+    finished(tmp_path / "given" / "other")
+    (mopd,) = (stage for stage in tree["stages"] if stage["name"] == "mopd")
+    mopd["settings"] = {
+        "run": {"steps": 2},
+        "teachers": {"far": {"checkpoint": str(tmp_path / "given/other"), "domains": ["plain", "loud"]}},
+    }
+    tree["stages"] = [stage for stage in tree["stages"] if stage["name"] != "warm_up"]
+    mopd["initial"] = "student"
+    path.write_text(yaml.safe_dump(tree))
+    run(path, groups)
+    assert fakes.again() == ["mopd", "nvfp4"]
+
+
+def test_teachers_that_no_preflight_measures_are_named(
+    fakes: Fakes, groups: Groups, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = {"far2": ["plain", "loud"]}
+    late = {"name": "again", "initial": "mopd", "settings": {"run": {"steps": 2}}, "teachers": served}
+    refreshed = {"name": "far2", "initial": "mopd", "settings": SFT}
+    run(write(tmp_path / "recipe.yaml", stages=[*STAGES, refreshed, late]), groups, until="student")
+    said = [line for line in capsys.readouterr().out.splitlines() if "no preflight stage before it" in line]
+    assert len(said) == 1 and said[0].startswith("stage again: no preflight stage before it measures far2,")
+    look = {"name": "look", "type": "preflight", "initial": "mopd", "teachers": served}
+    run(write(tmp_path / "recipe.yaml", stages=[*STAGES, refreshed, look, late]), groups, until="student")
+    plain = [*STAGES[:3], STAGES[5] | {"initial": "student"}]  # a recipe that measures nobody has chosen so
+    run(write(tmp_path / "recipe.yaml", stages=plain), groups, until="student")
+    assert "no preflight stage before it" not in capsys.readouterr().out
 
 
 def test_until_ends_there_with_a_report_of_what_there_is(
@@ -319,6 +422,67 @@ def test_from_keeps_what_was_there_and_runs_what_depends_on_it(fakes: Fakes, gro
     assert sorted(p.name for p in (recipe.dir / "set_aside").iterdir()) == ["1", "2"]
     with pytest.raises(ConfigurationError, match=r"--from: no stage is named 'fra'; did you mean 'far'"):
         anew.set_aside(recipe, "fra")
+
+
+def begin_together(path: Path) -> tuple[bool, bool]:
+    """Whether the stage is there when this rank comes late, and when it begins to run; the first rank moves slowly."""
+    recipe, seen = load_recipe(path, []), []
+    move = anew.set_aside
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return move(*arguments)
+
+    def look(*_: Any) -> None:
+        seen.append((recipe.dir / "far").exists())
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(anew, "set_aside", slowly)
+        patch.setattr(runner, "run", look)
+        if torch.distributed.get_rank():
+            time.sleep(0.5)
+            seen.append((recipe.dir / "far").exists())
+        with pytest.raises(InterruptedError):
+            runner.carry_out(recipe, begin_at="far")
+    return seen[0], seen[-1]
+
+
+def test_no_rank_reads_what_is_being_set_aside(ranks: Any, tmp_path: Path) -> None:
+    """Neither before all have checked the recipe, nor while the first rank moves its stages."""
+    path = write(tmp_path / "recipe.yaml")
+    (tmp_path / "runs" / "far").mkdir(parents=True)
+    assert ranks(2, begin_together, path) == [(False, False), (True, False)]
+    assert (tmp_path / "runs" / "set_aside" / "1" / "far").is_dir()
+
+
+def test_ablations_go_along_with_the_stages_they_are_of(fakes: Fakes, groups: Groups, tmp_path: Path) -> None:
+    boosted = {
+        "name": "boosted",
+        "initial": "mopd",
+        "settings": {"objective": {"type": "mtp_boosting"}, "run": {"steps": 2}},
+    }
+    stages = [*STAGES[:-1], boosted]
+    roles = {"before": "student", "iterations": ["mopd"], "boosted": "boosted"}
+    recipe = run(write(tmp_path / "recipe.yaml", stages=stages, report=roles), groups)
+    folder = recipe.dir / "ablations"
+
+    def leave() -> None:
+        for name in ("warm_up/without", "mtp_boosting/seed_43", "staleness/lag1"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "staleness.json").write_text(json.dumps({"runs": [{"weights": {"warm_up": "1", "far": "2"}}]}))
+        (folder / "staleness.png").touch()
+
+    leave()
+    moved = [target.relative_to(recipe.dir).as_posix() for _, target in anew.set_aside(recipe, "boosted")]
+    assert moved == ["set_aside/1/boosted", "set_aside/1/ablations/mtp_boosting"]
+    assert (recipe.dir / "set_aside/1/ablations/mtp_boosting/seed_43").is_dir()
+    moved = [target.relative_to(recipe.dir).as_posix() for _, target in anew.set_aside(recipe, "mopd")]
+    assert moved == ["set_aside/2/mopd", "set_aside/2/ablations/warm_up"]  # what was stale is not of these weights
+    leave()
+    moved = [target.name for _, target in anew.set_aside(recipe, "far")]
+    assert moved[-5:] == ["warm_up", "staleness.json", "staleness.png", "staleness", "mtp_boosting"]
+    assert not list(folder.iterdir())
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,11 +707,17 @@ def test_after_a_failure_the_command_says_what_is_safe(
     with pytest.raises(KeyboardInterrupt):
         run(path, groups)
     started: list[list[str]] = []
-    monkeypatch.setattr(command, "_run", lambda line: started.append(list(line)) or -9)
+    monkeypatch.setattr(command.processes, "run", lambda line, worlds: started.append([*line.words]) or -9)
     assert command.main([str(path), "--from", "good", "good:run.steps=2"]) == 137
     said = capsys.readouterr().err
     assert "stopped with signal SIGKILL" in said and "finished and safe: student; good starts from" in said
     assert said.splitlines()[-1] == f"Go on with: python -m megatron_mopd.recipe {path} good:run.steps=2"
+    monkeypatch.setattr(
+        command.processes, "run", lambda line, worlds: 1
+    )  # a setting that cannot work, or a killed rank
+    assert command.main([str(path)]) == 1
+    again = f"Once the reason is removed, go on with: python -m megatron_mopd.recipe {path}"
+    assert capsys.readouterr().err.splitlines()[-1] == again
     assert started[0][-3:] == ["megatron_mopd.runner", str(path), "good:run.steps=2"]
     assert (tmp_path / "runs" / "set_aside" / "1" / "good" / "stage.json").is_file()
     assert os.environ.get("RANK") is None
@@ -559,4 +729,4 @@ def test_an_unfinished_stage_goes_on_from_its_newest_checkpoint(fakes: Fakes, gr
     (recipe.dir / "good" / "stage.json").write_text(json.dumps({"fingerprint": "x", "finished": False}))
     said = command.what_is_safe(recipe, 1, "make recipe")
     assert "finished and safe: student; good goes on after step 2 of 2, its newest checkpoint" in said
-    assert said.endswith("Go on with: make recipe")
+    assert said.endswith("go on with: make recipe")

@@ -12,49 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+from small_stages import stage, taught, teach
 
 from megatron_mopd import checkpoint_directory, parallel, run_record, shards, train
-from megatron_mopd.config import Config, ConfigurationError, Parallel, build_config
+from megatron_mopd.config import Config, ConfigurationError, build_config
 from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.records import ScoredRollout
 from megatron_mopd.replay import Replay, replay
 from megatron_mopd.settings import overlay
 
 ROOT = Path(__file__).resolve().parent.parent
-SFT = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}}
-
-
-def task(domain: str, template: str) -> dict[str, Any]:
-    return {
-        "type": "reasoning_gym",
-        "domain": domain,
-        "family": "spell_backward",
-        "template": template,
-        "size": 30,
-        "options": {"min_word_len": 3, "max_word_len": 4},
-    }
 
 
 def tree(directory: Path, **changes: Any) -> dict[str, Any]:
-    common = {
-        "run": {"dir": str(directory), "steps": 4, "seed": 7},
-        "model": {"pattern": "M*E/*E", "max_sequence_length": 24},
-        "data": {"train": [task("plain", "{word}"), task("loud", "! {word}")]},
-        "rollout": {"prompts_per_step": 6, "max_new_tokens": 5, "batch_size": 8},
-        "batching": {"micro_batch_size": 4, "sequences_per_step": 8},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 0},
-    }
-    return overlay(common, changes)
+    return stage(directory, {"run": {"steps": 4}, "model": {"pattern": "M*E/*E"}}, changes)
 
 
 def teach_on_a_rank(root: Path) -> dict[str, Any]:
     """A start and a teacher, and the settings of a stage of MOPD on them that can be replayed."""
-    groups = parallel.initialize(Parallel(), 0)
-    for steps, name in ((1, "start"), (3, "teacher")):
-        train.run_stage(build_config(tree(root / name, **SFT, run={"dir": str(root / name), "steps": steps})), groups)
-    return {
-        "model": {"initial": str(root / "start" / "checkpoints")},
-        "teachers": {"teacher": {"checkpoint": str(root / "teacher" / "checkpoints"), "domains": ["plain", "loud"]}},
+    teach(root, tree, start=1, teacher=3)
+    return taught(root, "start", teacher=["plain", "loud"]) | {
         "rollout": {"shards": 9, "lag": 1, "samples_per_prompt": 2},
         "checkpoint": {"every": 2, "keep": 9},
     }

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mopd import intervals, plots, report, report_files
+from megatron_mopd.files import WriteError
 from megatron_mopd.intervals import Accuracy, gain_interval, recovery, wilson
 from megatron_mopd.report import Divergence, Example, Report
 
@@ -167,7 +168,7 @@ def test_a_failed_write_leaves_the_old_report(merged: Report, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(plots, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match="No space"):
         report_files.write(dataclasses.replace(merged, wall_s=1.0), tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == old
 

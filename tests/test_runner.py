@@ -8,26 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from scripts import loaded
+from small_stages import SFT, task
 
 from megatron_mopd import parallel, recipe_report, runner
 from megatron_mopd.config import ConfigurationError, Parallel
 from megatron_mopd.parallel import Groups
 
 
-def source(domain: str, template: str, split: str = "train", size: int = 30) -> dict[str, Any]:
-    return {
-        "type": "reasoning_gym",
-        "domain": domain,
-        "family": "spell_backward",
-        "template": template,
-        "size": size,
-        "split": split,
-        "options": {"min_word_len": 3, "max_word_len": 4},
-    }
-
-
 def write_recipe(path: Path, **changes: Any) -> Path:
-    sft = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}, "run": {"steps": 2}}
+    sft = SFT | {"run": {"steps": 2}}
     tree = {
         "dir": str(path.parent / "runs"),
         "common": {
@@ -37,8 +27,8 @@ def write_recipe(path: Path, **changes: Any) -> Path:
             "optimizer": {"lr": 1e-3},
             "evaluation": {"every": 1, "samples": 3, "final_samples": 4},
             "data": {
-                "train": [source("plain", "{word}"), source("loud", "! {word}")],
-                "held_out": [source("plain", "{word}", "held_out", 4), source("loud", "! {word}", "held_out", 4)],
+                "train": [task("plain"), task("loud")],
+                "held_out": [task("plain", "held_out", 4), task("loud", "held_out", 4)],
             },
         },
         "stages": [
@@ -171,13 +161,7 @@ def test_overrides_reach_all_stages_or_one(tmp_path: Path) -> None:
 
 
 def own_loop(config: str) -> list[float]:
-    import importlib.util
-
-    path = Path(__file__).parents[1] / "examples" / "own_loop.py"
-    spec = importlib.util.spec_from_file_location("own_loop", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded("examples/own_loop.py")
     return module.train(module.load_config(config))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import loaded
 
 from megatron_mopd import token_scores
 from megatron_mopd.config import ConfigurationError, Parallel
@@ -55,10 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def score(root: Path, output: Path, checkpoint: Path, *options: str) -> None:
     """The tool's own steps, in a process group that is there already."""
-    spec = importlib.util.spec_from_file_location("score_tokens", TOOL)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool: Any = loaded("tools/score_tokens.py")
     given = ["--checkpoint", checkpoint, "--input", root / "tokens.jsonl", "--output", output, *options]
     arguments = tool.parser().parse_args([str(value) for value in given])
     model, scorer, totals = tool.load(arguments)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from small_stages import stage, taught, teach
 
-from megatron_mopd import in_flight, metrics, parallel, shards, train
-from megatron_mopd.config import ConfigurationError, Parallel, build_config
+from megatron_mopd import in_flight, metrics, parallel, shards
+from megatron_mopd.config import ConfigurationError, build_config
 from megatron_mopd.parallel import Groups
 from megatron_mopd.records import (
     MicroBatch,
@@ -29,44 +30,15 @@ from megatron_mopd.shards import ShardError
 from megatron_mopd.trainer import Trainer
 from megatron_mopd.update import StepOutput
 
-SFT = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}}
-
-
-def task(domain: str, template: str) -> dict[str, Any]:
-    return {
-        "type": "reasoning_gym",
-        "domain": domain,
-        "family": "spell_backward",
-        "template": template,
-        "size": 30,
-        "options": {"min_word_len": 3, "max_word_len": 4},
-    }
-
 
 def tree(directory: Path, **changes: Any) -> dict[str, Any]:
-    common = {
-        "run": {"dir": str(directory), "steps": 2, "seed": 7},
-        "model": {"pattern": "M*E", "max_sequence_length": 24},
-        "data": {"train": [task("plain", "{word}"), task("loud", "! {word}")]},
-        "rollout": {"prompts_per_step": 6, "max_new_tokens": 5, "batch_size": 8},
-        "batching": {"micro_batch_size": 4, "sequences_per_step": 8},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 0},
-    }
-    return overlay(common, changes)
+    return stage(directory, changes)
 
 
 def teach_on_a_rank(root: Path) -> dict[str, Any]:
     """Two teachers; what a stage of MOPD on them needs beside :func:`tree`."""
-    groups = parallel.initialize(Parallel(), 0)
-    for steps, name in ((1, "first"), (2, "second")):
-        train.run_stage(build_config(tree(root / name, **SFT, run={"dir": str(root / name), "steps": steps})), groups)
-    return {
-        "model": {"pattern": "M*E", "max_sequence_length": 24, "initial": str(root / "first" / "checkpoints")},
-        "teachers": {
-            "first": {"checkpoint": str(root / "first" / "checkpoints"), "domains": ["plain"]},
-            "second": {"checkpoint": str(root / "second" / "checkpoints"), "domains": ["loud"]},
-        },
-    }
+    teach(root, tree, first=1, second=2)
+    return taught(root, "first", first=["plain"], second=["loud"])
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +264,33 @@ def test_shards_of_an_abandoned_future_go_first(tmp_path: Path, groups: Groups) 
     for step in (1, 2, 3, 2):
         writer.write(lambda step=step: {"step": step}, [example(n=1)], [output(([1.0], [1.0]))], {}, lambda: "sha")
     assert shards.steps(tmp_path / shards.FOLDER) == [1, 2]
+    none = shards.Shards(config.model_copy(update={"rollout": config.rollout.model_copy(update={"shards": 0})}), groups)
+    none.write(lambda: {"step": 2}, [], [], {}, lambda: "sha")  # of what is made anew nothing stays behind
+    assert shards.steps(tmp_path / shards.FOLDER) == [1]
+    said = none.of_stop(lambda: {"step": 3}, [], "why")
+    assert "rollout.shards = 1" in said and shards.steps(tmp_path / shards.FOLDER) == [1]
+
+
+def test_a_step_that_a_guard_stopped_before_its_update_is_kept(
+    tmp_path: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers = {"t": {"checkpoint": "x", "domains": ["plain", "loud"]}}
+    writer = shards.Shards(build_config(tree(tmp_path, rollout={"shards": 9}, teachers=teachers)), groups)
+    writer.write(lambda: {"step": 1}, [example(n=1)], [output(([1.0], [1.0]))], {}, lambda: "sha")
+    assert "--step 1 shows" in writer.of_stop(lambda: {"step": 1}, [example(n=1)], "after its update")
+    assert "--step 2 shows" in writer.of_stop(lambda: {"step": 2}, [example(n=2), example().rollout], "the reason")
+    first, second = (shards.read(tmp_path / shards.FOLDER, step) for step in (1, 2))
+    assert "stopped" not in first.header and first.rollouts[0].per_token
+    assert second.header["stopped"] == "the reason" and second.header["metrics"] == {}
+    assert [(kept.dropped, kept.per_token) for kept in second.rollouts] == [(shards.STOPPED, {})] * 2
+    assert equal(second.rollouts[0].item, example(n=2))
+
+    def full(*_: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "save", full)
+    said = writer.of_stop(lambda: {"step": 3}, [], "the guard's own words are not lost")
+    assert "the rollouts of step 3 could not be written" in said and "No space left on device" in said
 
 
 def fill_up(root: Path, mopd: dict[str, Any], name: str) -> tuple[str, list[int], int, list[int]]:

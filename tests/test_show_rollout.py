@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import loaded
 
 from megatron_mopd import palette, rollout_html, rollout_view, run_record, shards
 from megatron_mopd.config import ConfigurationError, build_config
@@ -19,16 +19,10 @@ from megatron_mopd.records import Policy, Prompt, Provenance, Rollout, Sampling,
 from megatron_mopd.rollout_view import View
 from megatron_mopd.tokenizer import ChatTokenizer, build_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("show_rollout", ROOT / "tools" / "show_rollout.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("tools/show_rollout.py")
 
 
 @pytest.fixture(scope="module")

@@ -193,6 +193,11 @@ def on_a_layout(layout: dict[str, int], pattern: str, share: bool) -> tuple[list
     return texts, acceptance.measure(sampler, mine, sampling, groups, 4, drafts=(2,), min_tokens=5)
 
 
+@pytest.fixture(scope="module")
+def alone(ranks: Any) -> tuple[list[Any], dict[str, Any]]:
+    return ranks(1, on_a_layout, {}, "ME*E/*E", False)[0]
+
+
 @pytest.mark.parametrize(
     ("world", "layout", "pattern"),
     [
@@ -204,9 +209,9 @@ def on_a_layout(layout: dict[str, int], pattern: str, share: bool) -> tuple[list
     ids=["tp2", "ep2", "pp2", "tp2ep2"],
 )
 def test_completions_and_acceptance_are_the_same_on_every_layout(
-    ranks: Any, world: int, layout: dict[str, int], pattern: str
+    ranks: Any, alone: Any, world: int, layout: dict[str, int], pattern: str
 ) -> None:
-    ((expected, measured),) = ranks(1, on_a_layout, {}, "ME*E/*E", False)
+    expected, measured = alone
     together: list[dict[str, Any]] = [{}, {}]
     for texts, found in ranks(world, on_a_layout, layout, pattern, True):
         assert found == measured

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import multiprocessing
+import signal
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from small_stages import SFT, stage, task, taught, teach
 
 from megatron_mopd import batch, checkpoint, parallel, student
 from megatron_mopd.config import Config, ConfigurationError, Parallel, build_config
 from megatron_mopd.metrics import read, untimed
 from megatron_mopd.objectives import mopd as objectives_mopd
 from megatron_mopd.objectives.mopd import mopd_loss, mopd_objective
-from megatron_mopd.parallel import Groups
 from megatron_mopd.predictions import Predictions
 from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.records import Counts, MicroBatch, Policy, Prompt, Provenance, Rollout, Sampling, ScoredRollout
@@ -31,49 +32,15 @@ from megatron_mopd.update import Learner, of_logprobs
 VOCAB = 101
 
 
-def task(domain: str, split: str, size: int, template: str) -> dict[str, Any]:
-    return {
-        "type": "reasoning_gym",
-        "domain": domain,
-        "family": "spell_backward",
-        "template": template,
-        "size": size,
-        "split": split,
-        "options": {"min_word_len": 3, "max_word_len": 5},
-    }
-
-
 def tree(directory: Path, **changes: Any) -> dict[str, Any]:
-    """A stage small enough to run in seconds: two domains, a student of two layers and one MTP depth."""
-    common = {
-        "run": {"dir": str(directory), "steps": 2, "seed": 7},
+    """A stage with held-out prompts, of a student of two layers and one MTP depth."""
+    own = {
         "model": {"pattern": "M*E/*E", "max_sequence_length": 32},
-        "data": {
-            "train": [task("plain", "train", 40, "{word}"), task("loud", "train", 40, "! {word}")],
-            "held_out": [task("plain", "held_out", 6, "{word}"), task("loud", "held_out", 6, "! {word}")],
-        },
-        "rollout": {"prompts_per_step": 8, "max_new_tokens": 6, "batch_size": 8},
-        "batching": {"micro_batch_size": 4, "sequences_per_step": 8},
-        "optimizer": {"lr": 1e-3, "warmup_steps": 0},
+        "data": {"held_out": [task("plain", "held_out", 6), task("loud", "held_out", 6)]},
+        "rollout": {"prompts_per_step": 8, "max_new_tokens": 6},
         "evaluation": {"final_samples": 6},
     }
-    return overlay(common, changes)
-
-
-SFT = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}}
-
-
-def teach(root: Path, groups: Groups) -> dict[str, Any]:
-    """A student's start and two teachers, trained for different numbers of steps; the tree of a MOPD stage on them."""
-    for steps, name in ((1, "base"), (3, "first"), (5, "second")):
-        run_stage(build_config(tree(root / name, **SFT, run={"dir": str(root / name), "steps": steps})), groups)
-    return {
-        "model": {"pattern": "M*E/*E", "max_sequence_length": 32, "initial": str(root / "base" / "checkpoints")},
-        "teachers": {
-            "first": {"checkpoint": str(root / "first" / "checkpoints"), "domains": ["plain"]},
-            "second": {"checkpoint": str(root / "second" / "checkpoints"), "domains": ["loud"]},
-        },
-    }
+    return stage(directory, own, changes)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +50,9 @@ def school(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 def teach_on_a_rank(root: Path) -> dict[str, Any]:
-    return teach(root, parallel.initialize(Parallel(), 0))
+    """A student's start and two teachers; what a stage of MOPD on them adds to :func:`tree`."""
+    teach(root, tree, base=1, first=3, second=5)
+    return taught(root, "base", first=["plain"], second=["loud"])
 
 
 class Killed(Exception):
@@ -383,10 +352,10 @@ def test_a_stage_leaves_metrics_results_and_a_checkpoint(school: Any, groups: An
             },
             "nowhere",
         ),
-        ({"data": {"train": [task("third", "train", 4, "? {word}")]}}, "third"),
+        ({"data": {"train": [task("third", size=4)]}}, "third"),
         ({"model": {"max_sequence_length": 4}}, "model.max_sequence_length"),
         ({"model": {"initial": "nowhere"}}, "nowhere"),
-        ({"data": {"held_out": [task("plain", "train", 6, "{word}")]}}, "also in data.train"),
+        ({"data": {"held_out": [task("plain", size=6)]}}, "also in data.train"),
     ],
     ids=["missing teacher", "domain without teacher", "long prompt", "missing start", "held-out prompt trained on"],
 )
@@ -539,25 +508,38 @@ def test_a_weight_for_a_domain_that_is_not_there_is_refused(groups: Any, tmp_pat
         Trainer(build_config(tree(tmp_path / "run", **weighted)), groups)
 
 
+def start_training(file: Path) -> BaseProcess:
+    """``python -m megatron_mopd.train FILE`` in a process of its own, forked from one that has done the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_mopd.train"])
+    program = (
+        f"import gc, runpy, sys; gc.freeze(); sys.argv = ['train', {str(file)!r}]\n"
+        "runpy.run_module('megatron_mopd.train', run_name='__main__', alter_sys=True)"
+    )
+    process = context.Process(target=exec, args=(program, {}))
+    process.start()
+    return process
+
+
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """Processes killed with SIGKILL, mostly while they save, and started again by the same command."""
     ids = []
     for name in ("whole", "killed"):
-        run = {"dir": str(tmp_path / name), "steps": 12, "id": "same", "seed": 3}
-        (tmp_path / f"{name}.yaml").write_text(
-            yaml.safe_dump(tree(tmp_path / name, **overlay(SFT, {"checkpoint": {"every": 1}}), run=run))
-        )
-        command = [sys.executable, "-m", "megatron_mopd.train", str(tmp_path / f"{name}.yaml")]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        for kill_at in (3, 7) if name == "killed" else ():
-            process = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]
+        run = {"dir": str(tmp_path / name), "steps": 8, "id": "same", "seed": 3}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(tree(tmp_path / name, **overlay(SFT, {"checkpoint": {"every": 1}}), run=run)))
+        for kill_at in (2, 4) if name == "killed" else ():
+            process = start_training(file)
             wanted = tmp_path / name / "checkpoints" / f"iter_{kill_at:07d}"
-            while not wanted.exists() and process.poll() is None:
+            while not wanted.exists() and process.is_alive():
                 time.sleep(0.005)
             process.kill()
-            process.wait()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
             assert wanted.exists() and not (tmp_path / name / "result.json").exists()
-        subprocess.run(command, check=True, timeout=120, **quiet)  # type: ignore[call-overload]
+        process = start_training(file)
+        process.join(timeout=120)
+        assert process.exitcode == 0
         ids.append(checkpoint.read_manifest(tmp_path / name / "checkpoints")["checkpoint_id"])
-        assert [row["step"] for row in read(tmp_path / name)] == list(range(1, 13))
+        assert [row["step"] for row in read(tmp_path / name)] == list(range(1, 9))
     assert ids[0] == ids[1]
