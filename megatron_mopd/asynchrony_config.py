@@ -15,9 +15,10 @@ class Asynchrony(Section):
 
     mode: Literal["inline", "worlds"] = "inline"
     """inline: before each update, one after the other; worlds: in programs of their own, beside the update and with
-    layouts of their own (``python -m megatron_mopd.worlds``), on other machines or on the same devices, joined to the
-    training by a directory that all of them see. Threads of one process would be no third mode: Megatron-Core keeps its
-    buffer for gathered activations and its random states once a process."""
+    layouts of their own (``python -m megatron_mopd.worlds``, which a recipe's section ``worlds`` has started), on other
+    machines or on the same devices, joined to the training by a directory that all of them see. The training then reads
+    teachers only to measure on ``data.held_out``. Threads of one process would be no third mode: Megatron-Core keeps
+    its buffer for gathered activations and its random states once a process."""
     deterministic: bool = True
     """The rollouts of step n are drawn by the policy of step n - rollout.lag exactly, so that both modes give the same
     bits. A pipeline of three equal stages is full from rollout.lag = 2 on. false: by the newest policy there is when

@@ -61,7 +61,7 @@ def check_place(checkpoint: Path, manifest: Mapping[str, Any], where: str) -> No
     file = checkpoint.parent / RESULT
     if checkpoint.name != "checkpoints" or not file.is_file() or "run_id" not in manifest:
         return
-    ended = checkpoint_directory.read_json(file).get("ended")
+    ended = checkpoint_directory.read_json(file, "copy the run's directory again").get("ended")
     if ended is None:
         return
     same_run, same_step = manifest["run_id"] == ended["run_id"], manifest.get("step") == ended["step"]

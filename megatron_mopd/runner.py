@@ -57,6 +57,7 @@ def run(recipe: Recipe, groups: Groups, until: str | None = None) -> dict[str, C
         presets.check(config)
         if config.parallel != configs[recipe.stages[0].name].parallel:
             raise ConfigurationError(f"stage {name!r}: all stages run on one layout; set parallel under common")
+    _say_unmeasured(recipe, groups)
     for stage in recipe.stages:
         if not _skipped(recipe, stage, groups):
             configs[stage.name] = _resolved(recipe, stage, configs)
@@ -110,7 +111,8 @@ def _once(config: Config, fingerprint: str, groups: Groups, title: str, work: Ca
         raise ConfigurationError(
             f"stage {title!r}: {config.run.dir} holds a run with other settings, start or teachers"
             f" ({known['fingerprint'][:12]} there, {fingerprint[:12]} now){run_record.explained(config)};"
-            f" put them back, move it away, as --from {title} does, or choose another dir"
+            " put them back, move the directory away (the recipe's command does so to a stage and all that depend on it"
+            " with --from STAGE), or choose another dir"
         )
     torch.distributed.barrier(groups.world)  # nobody starts while a peer still reads
     if known is not None and known["finished"]:
@@ -142,8 +144,9 @@ def _skipped(recipe: Recipe, stage: Stage, groups: Groups) -> bool:
         return False
     if (directory / "stage.json").exists():
         raise ConfigurationError(
-            f"stage {stage.name!r}: {directory} holds a warm-up and {stage.after!r} says no teacher needs one; run it"
-            f" anew (python -m megatron_mopd.recipe --from {stage.name}), which moves it away, or choose another dir"
+            f"stage {stage.name!r}: {directory} holds a warm-up and {stage.after!r} says no teacher needs one; start"
+            f" the same command with --from {stage.name}, which moves it away with all that depend on it and trains"
+            " these without it, or choose another dir"
         )
     why = {"after": stage.after, "initial": stage.initial, "decisions": decisions(recipe, stage.after or "")}
     leave(directory / SKIPPED, why, groups)
@@ -156,19 +159,42 @@ def _heed(recipe: Recipe, stage: Stage, groups: Groups) -> None:
     """Stop at a teacher that a preflight refuses and a later stage would learn from; say which warm-up is missing."""
     found = decisions(recipe, stage.name) or {}
     later = [s for s in recipe.stages[recipe.names.index(stage.name) + 1 :] if s.type == "train"]
+    measured = _checkpoints(recipe, stage)
+    taught = {s.name: _checkpoints(recipe, s) for s in later}
     entries = json.loads((recipe.dir / stage.name / PREFLIGHT).read_text())["teachers"]
     for name, decision in found.items():
-        learners = [s.name for s in later if name in s.teachers]
+        learners = [s for s in later if name in measured and taught[s.name].get(name) == measured[name]]
         why = "; ".join(entries[name]["reasons"])
         if decision == "refuse" and learners:
             raise ConfigurationError(
-                f"stage {stage.name!r} refuses the teacher {name!r} ({why}); {learners[0]!r} would learn from it,"
+                f"stage {stage.name!r} refuses the teacher {name!r} ({why}); {learners[0].name!r} would learn from it,"
                 " and no stage after this one has: name another teacher, or change the thresholds under preflight and"
                 f" measure again (--from {stage.name})"
             )
-        warm = [s.name for s in later if name in s.teachers and s.after == stage.name]
-        if decision == "warm_up" and learners and not warm:
+        if decision == "warm_up" and learners and not any(s.after == stage.name for s in learners):
             display.note(groups.rank, f"stage {stage.name}: {name} needs a warm-up ({why}) and no stage gives one")
+
+
+def _checkpoints(recipe: Recipe, stage: Stage) -> dict[str, Path]:
+    """Teacher -> its checkpoint: a name alone may stand for two in two stages."""
+    return {name: teacher.checkpoint for name, teacher in stage_config(recipe, stage).teachers.items()}
+
+
+def _say_unmeasured(recipe: Recipe, groups: Groups) -> None:
+    """Of a recipe with preflight stages: name the teachers that none of them measures before they teach."""
+    if not any(stage.type == "preflight" for stage in recipe.stages):
+        return
+    measured: set[tuple[str, Path]] = set()
+    for stage in recipe.stages:
+        teachers = _checkpoints(recipe, stage)
+        if stage.type == "preflight":
+            measured |= teachers.items()
+        elif unknown := [name for name, path in teachers.items() if (name, path) not in measured]:
+            display.note(
+                groups.rank,
+                f"stage {stage.name}: no preflight stage before it measures {', '.join(unknown)}, so nothing stops a"
+                " teacher that it cannot learn from",
+            )
 
 
 def _rules(recipe: str) -> dict[str, Any]:
@@ -217,14 +243,23 @@ def _fingerprint(config: Config, kind: str = "train", further: Mapping[str, Any]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def carry_out(recipe: Recipe, until: str | None = None) -> None:
-    """Run a recipe in the process group that torchrun announces, draw its graph and publish its report."""
+def carry_out(recipe: Recipe, until: str | None = None, begin_at: str | None = None) -> None:
+    """Run a recipe in the process group that torchrun announces, draw its graph and publish its report.
+
+    With ``begin_at`` that stage and all that depend on it are moved away first, while no process reads what they left.
+    """
     if until is not None:
         recipe.stage(until, "--until")
-    first, last = (stage_config(recipe, recipe.stages[i]) for i in (0, -1))
+    first = stage_config(recipe, recipe.stages[0])
     groups = parallel.initialize(first.parallel, first.run.seed)
+    if begin_at is not None:
+        torch.distributed.barrier(groups.world)  # the others have checked the recipe, which reads what is there
+        if groups.rank == 0:
+            anew.begin_at(recipe, begin_at)
+        torch.distributed.barrier(groups.world)
     with anew.alone(recipe.dir) if groups.rank == 0 else nullcontext():
         configs = run(recipe, groups, until)
+        last = configs[recipe.names[-1]]
         if groups.rank == 0:
             graph_plot.save(graph.write(recipe), recipe.dir / graph.PICTURE)
             whole = until is None or until == recipe.names[-1]

@@ -101,7 +101,6 @@ def main() -> int:
         if groups.rank == 0:
             show(tree["acceptance"], tree.get("gains"))
             if arguments.json is not None:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 atomically(arguments.json, lambda path: path.write_text(json.dumps(tree) + "\n"))
             if lost:
                 display.note(groups.rank, f"no gain above 0: {', '.join(lost)}")

@@ -114,7 +114,6 @@ def main() -> int:
             show(tree)
             if arguments.json is not None:
                 text = json.dumps({"before": str(arguments.before), "after": str(arguments.after), "domains": tree})
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 atomically(arguments.json, lambda path: path.write_text(text + "\n"))
         verdict = f"may be worse by more than {arguments.margin:g} points in {', '.join(worse)}" if worse else "kept"
         display.note(groups.rank, f"accuracy: {verdict}")

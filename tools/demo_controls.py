@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_mopd import display, evaluation, intervals, parallel, presets, report
 from megatron_mopd.config import Config, ConfigurationError
+from megatron_mopd.files import atomically
 from megatron_mopd.objectives.mopd import mopd_loss
 from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
 from megatron_mopd.runner import Recipe, Stage, load_recipe, run_unless_finished, stage_config
@@ -187,7 +188,8 @@ def main() -> int:
         configs = run(recipe, groups)
         if groups.rank == 0:
             tree, failures = judge(recipe, configs)
-            (recipe.dir / "controls.json").write_text(json.dumps(tree, indent=2) + "\n")
+            text = json.dumps(tree, indent=2) + "\n"
+            atomically(recipe.dir / "controls.json", lambda file: file.write_text(text))
             show(tree)
             for failure in failures:
                 display.note(0, f"FAILED {failure}")

@@ -358,7 +358,6 @@ def main() -> int:
         groups = parallel.initialize(config.parallel, config.run.seed)
         tree, holds, sentence = run(recipe, arguments, groups)
         if groups.rank == 0:
-            arguments.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(tree, indent=1) + "\n"
             atomically(arguments.out / f"{_name(arguments)}.png", lambda path: plots.save(picture(tree), path))
             atomically(arguments.out / f"{_name(arguments)}.json", lambda path: path.write_text(text))

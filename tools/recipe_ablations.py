@@ -8,7 +8,7 @@ mtp_boosting: the boosting stage with further seeds; its own seed in the recipe 
 
 Runs and results go to DIR/ablations, where the recipe's report reads them; megatron_mopd.recipe.measurements says how.
 The same command goes on where a stopped one was and keeps what is finished and unchanged. tools/staleness.py writes the
-third file, on asynchrony.
+third file, on asynchrony. @FILE stands for the words in a file, as on the recipe's own command line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from rich.table import Table
 
 from megatron_mopd import display, intervals, origins, parallel, presets, report
 from megatron_mopd.config import Config, ConfigurationError
-from megatron_mopd.recipe.schema import Recipe, Roles, Stage, in_need, load_recipe, stage_config
+from megatron_mopd.recipe import ablations, anew
+from megatron_mopd.recipe.ablations import FOLDER
+from megatron_mopd.recipe.schema import Recipe, Roles, Stage, in_need, load_recipe, stage_config, starts_from
+from megatron_mopd.recipe.words import Parser
 from megatron_mopd.runner import run_unless_finished
 from megatron_mopd.train import leave, reported
 
-FOLDER = "ablations"
 ARMS = ("before", "without", "with", "teacher")
 """Students, and the teacher, whose answers the warm-up is judged by."""
 
@@ -69,30 +72,43 @@ def warm_up(recipe: Recipe, groups: parallel.Groups, arguments: argparse.Namespa
     """Run MOPD 1 without the warm-up before it and write ``warm_up.json``."""
     roles = roles_of(recipe)
     warm, iteration = warmed(recipe)
-    teachers = in_need(recipe, warm)
+    needed = in_need(recipe, warm) or []
+    teachers = [name for name in needed if name in recipe.names]
+    if external := [name for name in needed if name not in teachers]:
+        why = "came as checkpoints, whose accuracy no stage measures, so what warm-up adds is not known of them"
+        display.note(groups.rank, f"warm-up: {', '.join(external)} {why}")
     if not teachers:
         display.note(groups.rank, f"warm-up: {warm.name} was for no teacher of this recipe, so there is none to weigh")
         return
     results = {"before": result(recipe, roles.before), "with": result(recipe, iteration.name)}
     goals = {name: result(recipe, name) for name in teachers}
+    assert warm.initial is not None, "a warm-up has an initial"
+    weights = ablations.weights_of(
+        recipe, [roles.before, starts_from(recipe, warm.initial), iteration.name, *served_by(recipe, iteration)]
+    )
     config = varied(recipe, iteration.model_copy(update={"initial": warm.initial}), "warm_up/without")
     presets.check(config)
     run_unless_finished(config, groups, "without warm-up")
     results["without"] = _read(config.run.dir / "result.json")
     tree = compared(results, goals, {name: warm.teachers[name] for name in teachers})
-    leave(recipe.dir / FOLDER / "warm_up.json", {"domains": tree}, groups)
+    leave(recipe.dir / FOLDER / "warm_up.json", {"weights": weights, "domains": tree}, groups)
     if groups.rank == 0:
         show_warm_up(tree)
 
 
 def warmed(recipe: Recipe) -> tuple[Stage, Stage]:
     """The warm-up and the MOPD iteration that starts from it."""
-    for name in roles_of(recipe).iterations:
-        iteration = recipe.stage(name, "report.iterations")
-        start = recipe.stage(iteration.initial, name) if iteration.initial else None
-        if start is not None and start.after is not None:
-            return start, iteration
-    raise ConfigurationError("stages: no MOPD iteration starts from a warm-up (a stage with `after`), so there is none")
+    if (found := ablations.warmed(recipe)) is None:
+        raise ConfigurationError(
+            "stages: no MOPD iteration starts from a warm-up (a stage with `after`), so there is none to leave out; add"
+            " one, or name the other ablation by --only"
+        )
+    return found
+
+
+def served_by(recipe: Recipe, stage: Stage) -> list[str]:
+    """The stages of the recipe that teach one of them."""
+    return [starts_from(recipe, name) for name in stage.teachers]
 
 
 def compared(
@@ -144,12 +160,13 @@ def mtp_boosting(recipe: Recipe, groups: parallel.Groups, arguments: argparse.Na
         raise ConfigurationError("report.boosted: the recipe names no boosting stage; name it there")
     stage = recipe.stage(name, "report.boosted")
     first = stage_config(recipe, stage).run.seed
-    runs = [acceptance(first, recipe.dir / name)]
+    start = name if stage.initial is None else starts_from(recipe, stage.initial)
+    runs = [acceptance(first, recipe.dir / name) | {"weights": ablations.weights_of(recipe, [start, name])}]
     for seed in range(first + 1, first + arguments.seeds):
         config = varied(recipe, stage, f"mtp_boosting/seed_{seed}", seed)
         presets.check(config)
         run_unless_finished(config, groups, f"boosting, seed {seed}")
-        runs.append(acceptance(seed, config.run.dir))
+        runs.append(acceptance(seed, config.run.dir) | {"weights": ablations.weights_of(recipe, [start])})
     leave(recipe.dir / FOLDER / "mtp_boosting.json", {"runs": runs}, groups)
     if groups.rank == 0:
         show_boosting(runs)
@@ -168,9 +185,10 @@ def show_boosting(runs: Sequence[Mapping[str, Any]]) -> None:
     for draft, modes in runs[0]["before"].items():
         for mode in modes:
             pairs = [tuple(run[when][draft][mode]["length"] for when in ("before", "after")) for run in runs]
-            bounds = intervals.mean_interval([after - before for before, after in pairs])
+            # A run of which no completion was long enough has no length.
+            bounds = intervals.mean_interval([after - before for before, after in pairs if None not in (before, after)])
             gain = "" if bounds is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
-            cells = (f"{before:.3f} → {after:.3f}" for before, after in pairs)
+            cells = (" → ".join("n/a" if length is None else f"{length:.3f}" for length in pair) for pair in pairs)
             table.add_row(draft.replace("_", " "), mode.replace("_", " "), *cells, gain)
     display.console().print(table)
 
@@ -182,7 +200,7 @@ ABLATIONS: dict[str, Callable[[Recipe, parallel.Groups, argparse.Namespace], Non
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    made = Parser(description=(__doc__ or "").splitlines()[0])
     made.add_argument("recipe", type=Path)
     made.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value", help="those the recipe was run with")
     made.add_argument("--only", choices=sorted(ABLATIONS), help="leave the other one out")
@@ -197,9 +215,10 @@ def main() -> int:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         config = stage_config(recipe, recipe.stages[0])
         groups = parallel.initialize(config.parallel, config.run.seed)
-        for name, work in ABLATIONS.items():
-            if arguments.only in (None, name):
-                work(recipe, groups, arguments)
+        with anew.alone(recipe.dir) if groups.rank == 0 else nullcontext():
+            for name, work in ABLATIONS.items():
+                if arguments.only in (None, name):
+                    work(recipe, groups, arguments)
     return 0
 
 

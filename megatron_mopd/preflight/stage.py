@@ -138,7 +138,6 @@ def _result(
 def _leave(result: Mapping[str, Any], directory: Path, groups: Groups, title: str) -> None:
     """Picture, table and last the decisions, by the first rank."""
     if groups.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
         atomically(directory / PICTURE, lambda path: plot.save(plot.preflight(result), path))
         for part in table.parts(result, title):
             display.console().print(part)

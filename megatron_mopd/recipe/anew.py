@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_mopd import display
 from megatron_mopd.config import ConfigurationError
+from megatron_mopd.recipe import ablations
 from megatron_mopd.recipe.schema import SET_ASIDE, Recipe
 
 logger = logging.getLogger(__name__)
@@ -34,11 +36,13 @@ def dependents(recipe: Recipe, name: str) -> list[str]:
 def set_aside(recipe: Recipe, name: str) -> list[tuple[Path, Path]]:
     """Move the directories of ``name`` and its dependents to ``set_aside/N``; returns (from, to) of each.
 
-    ``N`` counts from 1. The last stage goes first, so that an interrupted call leaves a recipe that is in order. Raises
-    :class:`ConfigurationError` for an unknown stage and while another process is at work in ``recipe.dir``.
+    ``N`` counts from 1. Ablations of these stages go along, before them, and the last stage goes first, so that an
+    interrupted call leaves a recipe that is in order. Raises :class:`ConfigurationError` for an unknown stage and while
+    another process is at work in ``recipe.dir``.
     """
     recipe.stage(name, "--from")
-    there = [stage for stage in dependents(recipe, name) if (recipe.dir / stage).exists()]
+    redone = dependents(recipe, name)
+    there = [path for stage in redone if (path := recipe.dir / stage).exists()]
     if not there:
         return []
     with alone(recipe.dir):
@@ -47,10 +51,18 @@ def set_aside(recipe: Recipe, name: str) -> list[tuple[Path, Path]]:
         taken = [int(path.name) for path in root.iterdir() if path.name.isdecimal()]
         place = root / str(max(taken, default=0) + 1)
         place.mkdir()
-        moved = [(recipe.dir / stage, place / stage) for stage in there]
+        there += ablations.concerned(recipe, redone)
+        moved = [(path, place / path.relative_to(recipe.dir)) for path in there]
         for source, target in reversed(moved):
+            target.parent.mkdir(exist_ok=True)
             source.rename(target)
     return moved
+
+
+def begin_at(recipe: Recipe, name: str) -> None:
+    """:func:`set_aside`, said on the terminal."""
+    for source, target in set_aside(recipe, name):
+        display.note(0, f"--from {name}: {source} is kept as {target}")
 
 
 @contextmanager

@@ -1,16 +1,18 @@
 """Who was initialised from whom and who taught whom in a recipe, as data: ``graph.json`` in its directory.
 
-Nodes are stages: ``name``, ``type``, ``what`` (source and objective in a few words), ``domains`` it was trained on or
-taught in, ``checkpoint_id`` of its final weights, ``state`` (planned, unfinished, finished or skipped) and, once it is
-finished, a ``note`` on what it found. Edges have ``source``, ``target``, ``domains`` and a
-``kind``: ``initial`` (weights), ``teacher`` (scores), ``traces`` (completions), ``quantized`` (the same weights in few
-bits), ``measured`` (by a preflight stage) and ``decides`` (a preflight stage on a warm-up).
+Nodes are stages, and teachers that came as checkpoints: ``name``, ``type`` (external of the latter), ``what`` (source
+and objective in a few words), ``domains`` it was trained on or taught in, or teaches, ``checkpoint_id`` of its final
+weights, ``state`` (planned, unfinished, finished, skipped, or given of a checkpoint) and, once it is finished, a
+``note`` on what it found. Edges have ``source``, ``target``, ``domains`` and a ``kind``: ``initial`` (weights),
+``teacher`` (scores), ``traces`` (completions), ``quantized`` (the same weights in few bits), ``measured`` (by a
+preflight stage) and ``decides`` (a preflight stage on a warm-up).
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +39,18 @@ Graph = dict[str, Any]
 
 def build(recipe: Recipe) -> Graph:
     """The graph of a recipe as far as it has run; what has not is as it is planned."""
-    nodes, edges = [], []
+    nodes, edges, given = [], [], dict[tuple[str, Path], dict[str, Any]]()
     for stage in recipe.stages:
         config = stage_config(recipe, stage)
         nodes.append(_node(recipe, stage, config))
-        edges += _edges(recipe, stage, config)
-    return {"nodes": nodes, "edges": edges}
+        _add_external(given, stage, config)
+        edges += _edges(recipe, stage, config, given)
+    return {"nodes": [*given.values(), *nodes], "edges": edges}
 
 
 def write(recipe: Recipe) -> Graph:
     """:func:`build`, left as ``graph.json`` in the recipe's directory, whole or not at all."""
     made = build(recipe)
-    recipe.dir.mkdir(parents=True, exist_ok=True)
     atomically(recipe.dir / FILE, lambda file: file.write_text(json.dumps(made, indent=2) + "\n"))
     return made
 
@@ -64,6 +66,24 @@ def _node(recipe: Recipe, stage: Stage, config: Config) -> dict[str, Any]:
         checkpoint_directory.read_manifest(directory / "checkpoints").get("checkpoint_id") if trained else None
     )
     return node
+
+
+def _add_external(given: dict[tuple[str, Path], dict[str, Any]], stage: Stage, config: Config) -> None:
+    """A node for each teacher of ``stage`` that is not there yet; two of one name are told apart by their places."""
+    for name, teacher in config.teachers.items():
+        if name in stage.teachers or (name, teacher.checkpoint) in given:
+            continue
+        names = {node["name"] for node in given.values()}
+        found = checkpoint_directory.latest(teacher.checkpoint)  # None for a Hugging Face directory, or one to come
+        given[name, teacher.checkpoint] = {
+            "name": name if name not in names else f"{name}, {teacher.checkpoint}",
+            "type": "external",
+            "what": "a checkpoint",
+            "domains": sorted(teacher.domains),
+            "state": "given",
+            "note": "",
+            "checkpoint_id": None if found is None else checkpoint_directory.read_manifest(found).get("checkpoint_id"),
+        }
 
 
 def _what(stage: Stage, config: Config) -> str:
@@ -82,7 +102,7 @@ def _note(recipe: Recipe, stage: Stage) -> str:
         found = Counter((decisions(recipe, stage.name) or {}).values())
         return ", ".join(f"{count} {decision.replace('_', ' ')}" for decision, count in found.items())
     if stage.type == "quantize":
-        said = checkpoint_directory.read_json(recipe.dir / stage.name / "result.json")["quantized"]
+        said = checkpoint_directory.read_json(recipe.dir / stage.name / "result.json", _anew(stage.name))["quantized"]
         return f"{said['bits_per_element']:.2f} bits a parameter"
     return ""
 
@@ -98,10 +118,18 @@ def _state(directory: Path) -> str:
     marker = directory / "stage.json"
     if not marker.is_file():
         return "planned"
-    return "finished" if checkpoint_directory.read_json(marker)["finished"] else "unfinished"
+    said = checkpoint_directory.read_json(marker, _anew(directory.name))
+    return "finished" if said["finished"] else "unfinished"
 
 
-def _edges(recipe: Recipe, stage: Stage, config: Config) -> list[dict[str, Any]]:
+def _anew(name: str) -> str:
+    """The way out where a file of a stage is damaged."""
+    return f"run the stage and all that depend on it anew with --from {name}"
+
+
+def _edges(
+    recipe: Recipe, stage: Stage, config: Config, given: Mapping[tuple[str, Path], Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     found = []
     if stage.initial is not None:
         kind = {"train": "initial", "preflight": "measured", "quantize": "quantized"}[stage.type]
@@ -109,11 +137,9 @@ def _edges(recipe: Recipe, stage: Stage, config: Config) -> list[dict[str, Any]]
         found.append({"source": source, "target": stage.name, "kind": kind, "domains": []})
     kind = "measured" if stage.type == "preflight" else "traces" if config.source.type == "traces" else "teacher"
     if not is_skipped(recipe, stage.name):
-        found += [
-            {"source": name, "target": stage.name, "kind": kind, "domains": list(stage.teachers[name])}
-            for name in config.teachers
-            if name in stage.teachers
-        ]
+        for name, teacher in config.teachers.items():
+            source = name if name in stage.teachers else given[name, teacher.checkpoint]["name"]
+            found.append({"source": source, "target": stage.name, "kind": kind, "domains": list(teacher.domains)})
     if stage.after is not None:
         found.append({"source": stage.after, "target": stage.name, "kind": "decides", "domains": []})
     return found

@@ -14,6 +14,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch, Polygon
 from matplotlib.path import Path as Curve
 
 from megatron_mopd import plots
+from megatron_mopd.files import atomically
 from megatron_mopd.plot_parts import FAINT, INK
 from megatron_mopd.recipe.graph import Graph
 from megatron_mopd.recipe.graph_layout import BOX, arrange
@@ -29,13 +30,13 @@ _LINES: Mapping[str, tuple[str, str, float, Any]] = {
     "measured": ("is measured", FAINT, 0.9, "-"),
     "decides": ("decides whether it runs", FAINT, 1.1, (0, (1, 2))),
 }
-_GROUNDS = {"train": "#ffffff", "preflight": "#eeeeee", "quantize": "#e0f2ec"}
+_GROUNDS = {"train": "#ffffff", "preflight": "#eeeeee", "quantize": "#e0f2ec", "external": "#fdf3e1"}
 _TAUGHT = "#e3eff8"
 
 
 def save(graph: Graph, path: Path) -> None:
     """Draw a graph of :mod:`megatron_mopd.recipe.graph` as a PNG; the bytes depend on the graph alone."""
-    plots.save(figure(graph), path)
+    atomically(path, lambda file: plots.save(figure(graph), file))
 
 
 def figure(graph: Graph) -> Figure:
@@ -98,16 +99,28 @@ def _box(axes: Axes, node: Mapping[str, Any], centre: tuple[float, float], taugh
     )
     colour = FAINT if skipped else INK
     lines = [node["what"], _domains(node["domains"]) or node["note"], _end(node)]
-    small = [text if len(text) <= _TEXT else text[: _TEXT - 1] + "…" for text in lines if text]
+    small = [_short(text) for text in lines if text]
     top = y + BOX[1] / 2
     size = 9.5 if len(node["name"]) <= 20 else 7.5
     axes.text(
-        x, top - 0.14, node["name"], color=colour, fontsize=size, weight="bold", ha="center", va="center", zorder=4
+        x,
+        top - 0.14,
+        _short(node["name"]),
+        color=colour,
+        fontsize=size,
+        weight="bold",
+        ha="center",
+        va="center",
+        zorder=4,
     )
     room = (BOX[1] - 0.27) / max(3, len(small))
     for i, text in enumerate(small):
         height = top - 0.25 - (i + 0.5) * room
         axes.text(x, height, text, color=colour, fontsize=7.2, ha="center", va="center", zorder=4)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"
 
 
 def _domains(domains: Sequence[str]) -> str:

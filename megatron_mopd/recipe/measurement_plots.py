@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from megatron_mopd.palette import domain_colours
 from megatron_mopd.plot_parts import FAINT, INK, grid, tidy
 from megatron_mopd.recipe.cells import Tree
-from megatron_mopd.recipe.text import valued
+from megatron_mopd.recipe.text import refreshed, valued
 from megatron_mopd.report import percent
 
 SHOWN = {"overlap": "top-k overlap", "student_mass": "student mass shared", "implausible": "implausible prefixes"}
@@ -36,7 +36,8 @@ def overlap(tree: Mapping[str, Any]) -> Figure:
     for axes, (name, title) in zip(figure.subplots(1, len(SHOWN), sharey=True), SHOWN.items(), strict=True):
         for place, domain in enumerate(domains):
             height, sides = len(domains) - place, tree["overlap"][domain]
-            values = {side: found[name] for side, found in sides.items() if found and found[name] is not None}
+            ends = {side: sides[side] for side in ("before", "after")}
+            values = {side: found[name] for side, found in ends.items() if found and found[name] is not None}
             colour = colours.get(domain, INK)
             if len(values) == 2:
                 axes.annotate(
@@ -48,7 +49,8 @@ def overlap(tree: Mapping[str, Any]) -> Figure:
             for side, value in values.items():
                 face = "white" if side == "before" else colour
                 axes.plot(value, height, "o", color=face, markeredgecolor=colour, markersize=7, clip_on=False)
-        axes.set_yticks(range(len(domains), 0, -1), domains)
+        labels = ["\n".join([domain, *refreshed(tree["overlap"][domain])]) for domain in domains]
+        axes.set_yticks(range(len(domains), 0, -1), labels)
         axes.set_ylim(0.4, len(domains) + 0.6)
         axes.margins(x=0.12)
         axes.xaxis.set_major_locator(MaxNLocator(4))

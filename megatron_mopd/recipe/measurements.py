@@ -4,11 +4,15 @@ Ablations are files of ``DIR/ablations``, written by ``make recipe-ablations``:
 
     warm_up.json       {"domains": {domain: {"teacher": name, "answers": {"before": "0110...", "without": ..., "with":
                        ..., "teacher": ...}}}}: answers of the student before, after MOPD alone, after warm-up and MOPD,
-                       and of the teacher, to the same prompts
-    staleness.json     {"runs": [{"lag": 0, "corrected": true, "seed": 1, "recovery": 0.93, "cosine": 0.98}, ...]}:
-                       corrected is whether Eq. 3 weighs the tokens, cosine that of the gradient to the on-policy one
+                       and of the teacher, to the same prompts; beside them "weights"
+    staleness.json     {"settings": {...}, "runs": [{"lag": 0, "form": "corrected", "seed": 1, "recovery": 0.93,
+                       "cosine": 0.98}, ...]}: forms are those of megatron_mopd.gradient_probe, cosine is that of the
+                       gradient to the on-policy one, recovery is null where the form was not trained; each run has
+                       "weights" too
     mtp_boosting.json  {"runs": [{"seed": 1, "before": ACCEPTANCE, "after": ACCEPTANCE}, ...]} with what before.json and
-                       result.json of a boosting stage hold under ``acceptance``
+                       result.json of a boosting stage hold under ``acceptance``; each run has "weights" too
+
+``weights`` say which run of the recipe they are of; see :mod:`megatron_mopd.recipe.ablations`.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from megatron_mopd import intervals
 from megatron_mopd.recipe import cells
 from megatron_mopd.recipe.cells import Tree
 from megatron_mopd.recipe.outcomes import Outcomes
+from megatron_mopd.recipe.schema import starts_from
 
 ARMS = ("before", "without", "with", "teacher")
 OVERLAP = ("overlap", "teacher_mass", "student_mass", "implausible", "reverse_kl")
@@ -48,8 +53,15 @@ def _arms(entry: Mapping[str, Any]) -> Tree:
 
 
 def overlap(outcomes: Outcomes) -> Tree:
-    """``{domain: {"before": {teacher, decision, means}, "after": the same}}``, each side None where it is not there."""
-    sides = {"before": outcomes.roles.preflight, "after": outcomes.roles.preflight_after}
+    """``{domain: {"before": {student, teacher, decision, means}, ..., "after": the same}}``.
+
+    Sides are None where they are not there. Between them stand, by name, the preflight stages that have no role, of
+    teachers that were refreshed on the way, say.
+    """
+    roles = outcomes.roles
+    named = (roles.preflight, roles.preflight_after)
+    others = [s.name for s in outcomes.recipe.stages if s.type == "preflight" and s.name not in named]
+    sides = {"before": roles.preflight} | {name: name for name in others} | {"after": roles.preflight_after}
     found = {side: _preflight(outcomes, stage) for side, stage in sides.items()}
     domains = dict.fromkeys(domain for rows in found.values() for domain in rows)
     return {domain: {side: rows.get(domain) for side, rows in found.items()} for domain in domains}
@@ -59,12 +71,13 @@ def _preflight(outcomes: Outcomes, stage: str | None) -> Tree:
     outcome = outcomes.of(stage)
     if outcome is None or stage is None:
         return {}
+    student = starts_from(outcomes.recipe, outcomes.recipe.stage(stage, "report").initial or "")
     rows = {}
     for domain, teacher in outcomes.served(stage).items():
         entry = outcome.result["teachers"][teacher]
         if domain in entry["domains"]:
             means = {name: entry["domains"][domain][name] for name in OVERLAP}
-            rows[domain] = {"teacher": teacher, "decision": entry["decision"], **means}
+            rows[domain] = {"student": student, "teacher": teacher, "decision": entry["decision"], **means}
     return rows
 
 
@@ -104,23 +117,25 @@ def _changes(pairs: Iterable[tuple[float | None, float | None]]) -> list[float]:
     return [later - before for before, later in pairs if before is not None and later is not None]
 
 
-def staleness(outcomes: Outcomes) -> list[Tree] | None:
-    """One entry for each lag, with and without the correction of Eq. 3: recovery and cosine over seeds."""
+def staleness(outcomes: Outcomes) -> Tree | None:
+    """What was run, and one entry for each lag and form: recovery and cosine over seeds."""
     found = outcomes.ablations.get("staleness")
     if found is None:
         return None
     runs: Sequence[Mapping[str, Any]] = found["runs"]
-    kinds = sorted({(run["lag"], not run["corrected"]) for run in runs})
-    return [_over_seeds(runs, lag, not uncorrected) for lag, uncorrected in kinds]
+    kinds = sorted({(run["lag"], run["form"]) for run in runs})
+    return {"settings": found["settings"], "rows": [_over_seeds(runs, lag, form) for lag, form in kinds]}
 
 
-def _over_seeds(runs: Sequence[Mapping[str, Any]], lag: int, corrected: bool) -> Tree:
-    own = [run for run in runs if run["lag"] == lag and run["corrected"] is corrected]
+def _over_seeds(runs: Sequence[Mapping[str, Any]], lag: int, form: str) -> Tree:
+    own = [run for run in runs if (run["lag"], run["form"]) == (lag, form)]
+    recovered = [run["recovery"] for run in own if run["recovery"] is not None]
     return {
         "lag": lag,
-        "corrected": corrected,
+        "form": form,
         "seeds": [run["seed"] for run in own],
-        **{name: over([run[name] for run in own]) for name in ("recovery", "cosine")},
+        "recovery": over(recovered) if recovered else None,
+        "cosine": over([run["cosine"] for run in own]),
     }
 
 

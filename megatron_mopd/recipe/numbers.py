@@ -9,7 +9,8 @@ from __future__ import annotations
 from megatron_mopd import metrics
 from megatron_mopd.recipe import cells, measurements
 from megatron_mopd.recipe.cells import Tree
-from megatron_mopd.recipe.outcomes import Outcome, Outcomes, skipped
+from megatron_mopd.recipe.outcomes import Outcome, Outcomes
+from megatron_mopd.recipe.schema import is_skipped
 
 
 def build(outcomes: Outcomes) -> Tree:
@@ -25,6 +26,7 @@ def build(outcomes: Outcomes) -> Tree:
         "last": f"mopd_{count}",
         "distilled": {domain: _distilled(outcomes, domain) for domain in outcomes.teacher_of},
         "undistilled": {domain: _undistilled(outcomes, domain) for domain in outcomes.undistilled},
+        "notes": dict(outcomes.roles.notes),
         "warm_up": measurements.warm_up(outcomes),
         "overlap": measurements.overlap(outcomes),
         "acceptance": measurements.acceptance(outcomes),
@@ -65,6 +67,7 @@ def _distilled(outcomes: Outcomes, domain: str) -> Tree:
     return {
         "teacher": teacher,
         "first_teacher": first,
+        "external": outcomes.is_external(teacher),
         "refreshed": teacher != first,
         "cells": {key: cells.of_accuracy(outcome, domain) for key, outcome in measured.items()},
         "change": cells.of_change(before, _student(outcomes, after(outcomes)), domain),
@@ -145,12 +148,12 @@ def _reverse_kl(outcomes: Outcomes) -> Tree:
 
 
 def _resources(outcomes: Outcomes, name: str) -> Tree:
-    """Time and memory of a stage; ``evaluation_s`` is that part of ``wall_s`` in which held-out prompts were answered
-    and scored."""
-    stage, config, outcome = outcomes.recipe.stage(name, "report"), outcomes.configs.get(name), outcomes.of(name)
-    state = "skipped" if skipped(outcomes, name) else "finished" if outcome else "missing"
+    """Time and memory of a stage; ``evaluation_s`` is that part of ``wall_s`` in which held-out prompts were answered,
+    by speculative decoding too, and scored."""
+    stage, config, outcome = outcomes.recipe.stage(name, "report"), outcomes.configs[name], outcomes.of(name)
+    state = "skipped" if is_skipped(outcomes.recipe, name) else "finished" if outcome else "missing"
     row: Tree = {"stage": name, "type": stage.type, "initial": stage.initial, "state": state}
-    row["teachers"] = list(stage.teachers)
+    row["teachers"] = [*stage.teachers, *(t for t in config.teachers if t not in stage.teachers)]
     if outcome is None:
         return row
     directory = outcomes.recipe.dir / name
@@ -158,7 +161,7 @@ def _resources(outcomes: Outcomes, name: str) -> Tree:
     evaluated = sum(value for _, value in metrics.series(rows, "time/evaluate"))
     evaluated += sum(tree.get("measure_s", 0.0) for tree in (outcome.before, outcome.result))
     return row | {
-        "steps": config.run.steps if config is not None and stage.type == "train" else None,
+        "steps": config.run.steps if stage.type == "train" else None,
         "wall_s": outcome.result.get("wall_s"),
         "evaluation_s": evaluated,
         "memory_bytes": outcome.result.get("memory_bytes"),
@@ -168,15 +171,30 @@ def _resources(outcomes: Outcomes, name: str) -> Tree:
 
 def _missing(outcomes: Outcomes) -> list[str]:
     """What the report would show and could not, in words."""
-    stages = [name for name in outcomes.recipe.names if not outcomes.of(name) and not skipped(outcomes, name)]
+    recipe = outcomes.recipe
+    stages = [name for name in recipe.names if not outcomes.of(name) and not is_skipped(recipe, name)]
     found = [f"stage {name}: not finished" for name in stages]
-    unserved = [t for t in dict.fromkeys(outcomes.teacher_of.values()) if (o := outcomes.of(t)) and not o.answers]
-    found += [f"accuracy of teacher {name}: its stage has no held-out prompts" for name in unserved]
+    teachers = dict.fromkeys([*outcomes.first_teacher_of.values(), *outcomes.teacher_of.values()])
+    found += [
+        f"accuracy of teacher {name}: its stage has no held-out prompts"
+        for name in teachers
+        if (o := outcomes.of(name)) and not o.answers
+    ]
+    for name in (name for name in teachers if outcomes.is_external(name)):
+        domains = [d for d, teacher in outcomes.teacher_of.items() if teacher == name]
+        lost = f", so there is no recovery in {', '.join(domains)}" if domains else ""
+        found.append(f"accuracy of teacher {name}: it came as a checkpoint and no stage measured it{lost}")
+    measured = {*outcomes.teacher_of, *outcomes.undistilled}
+    found += [
+        f"report.notes.{d}: no stage is measured on this domain" for d in outcomes.roles.notes if d not in measured
+    ]
     roles = outcomes.roles.model_dump()
     found += [f"report.{role}: no stage is named for it" for role, name in roles.items() if name is None]
     names = {"warm_up": "warm-up ablation", "staleness": "staleness", "mtp_boosting": "MTP boosting over seeds"}
-    return found + [
-        f"{text}: ablations/{name}.json is not there; make recipe-ablations writes it"
-        for name, text in names.items()
-        if name not in outcomes.ablations
-    ]
+    for name, text in names.items():
+        if name in outcomes.foreign:
+            why = f"is of another run ({outcomes.foreign[name]}); repeat it with make recipe-ablations"
+            found.append(f"{text}: ablations/{name}.json {why}")
+        elif name not in outcomes.ablations:
+            found.append(f"{text}: ablations/{name}.json is not there; make recipe-ablations writes it")
+    return found

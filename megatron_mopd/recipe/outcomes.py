@@ -13,10 +13,9 @@ from typing import Any
 
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.intervals import Accuracy
-from megatron_mopd.recipe.schema import PREFLIGHT, SKIPPED, Recipe, Roles
+from megatron_mopd.recipe import ablations
+from megatron_mopd.recipe.schema import PREFLIGHT, Recipe, Roles, is_skipped
 
-ABLATIONS = ("warm_up", "staleness", "mtp_boosting")
-"""Files of ``DIR/ablations`` that the report reads where they are."""
 _FILES = ("result.json", PREFLIGHT, "before.json")
 
 
@@ -48,6 +47,7 @@ class Outcomes:
     configs: Mapping[str, Config]
     finished: Mapping[str, Outcome]
     ablations: Mapping[str, Mapping[str, Any]]
+    foreign: Mapping[str, str] = field(default_factory=dict)  # ablations of another run -> why they are
 
     def of(self, name: str | None) -> Outcome | None:
         """The stage of that name if it is finished."""
@@ -57,12 +57,22 @@ class Outcomes:
     def students(self) -> dict[str, tuple[str, str]]:
         """``{key: (title, stage)}`` of the measured students in the order of the recipe, finished or not.
 
-        Keys are ``sft``, ``before``, ``mopd_1`` and so on, ``boosted`` and ``quantized``.
+        Keys are ``sft``, ``before``, ``mopd_1`` and so on, ``boosted`` and ``quantized``, and ``warm_up_1`` and so on
+        of a warm-up, not a skipped one, that the iteration starts from.
         """
-        named = {"sft": ("SFT", self.roles.sft), "before": ("before", self.roles.before)}
-        named |= {f"mopd_{i}": (f"MOPD {i}", name) for i, name in enumerate(self.roles.iterations, start=1)}
+        named: dict[str, tuple[str, str | None]] = {"sft": ("SFT", self.roles.sft)}
+        named["before"] = ("before", self.roles.before)
+        for i, name in enumerate(self.roles.iterations, start=1):
+            named[f"warm_up_{i}"] = ("warm-up" if i == 1 else f"warm-up {i}", self._warm_up(name))
+            named[f"mopd_{i}"] = (f"MOPD {i}", name)
         named |= {"boosted": ("boosted", self.roles.boosted), "quantized": ("NVFP4", self.roles.quantized)}
         return {key: (title, name) for key, (title, name) in named.items() if name is not None}
+
+    def _warm_up(self, iteration: str) -> str | None:
+        start = self.recipe.stage(iteration, "report.iterations").initial
+        if start is None or self.recipe.stage(start, iteration).after is None or is_skipped(self.recipe, start):
+            return None
+        return start
 
     @property
     def teacher_of(self) -> dict[str, str]:
@@ -76,8 +86,12 @@ class Outcomes:
 
     def served(self, stage: str) -> dict[str, str]:
         """``{domain: teacher}`` of a stage."""
-        teachers = self.recipe.stage(stage, "report").teachers
-        return {domain: teacher for teacher, domains in teachers.items() for domain in domains}
+        teachers = self.configs[stage].teachers
+        return {domain: name for name, teacher in teachers.items() for domain in teacher.domains}
+
+    def is_external(self, teacher: str) -> bool:
+        """Whether a teacher came as a checkpoint, whose accuracy no stage measures."""
+        return teacher not in self.recipe.names
 
     @property
     def undistilled(self) -> list[str]:
@@ -100,9 +114,17 @@ def load(recipe: Recipe, configs: Mapping[str, Config]) -> Outcomes:
     for stage in recipe.stages:
         if (outcome := _finished(recipe.dir / stage.name)) is not None:
             finished[stage.name] = outcome
-    folder = recipe.dir / "ablations"
-    ablations = {name: _read(path) for name in ABLATIONS if (path := folder / f"{name}.json").is_file()}
-    made = Outcomes(recipe=recipe, roles=recipe.report, configs=configs, finished=finished, ablations=ablations)
+    folder = recipe.dir / ablations.FOLDER
+    there = {name: _read(path) for name in ablations.NAMES if (path := folder / f"{name}.json").is_file()}
+    foreign = {name: why for name, tree in there.items() if (why := ablations.foreign(recipe, tree))}
+    made = Outcomes(
+        recipe=recipe,
+        roles=recipe.report,
+        configs=configs,
+        finished=finished,
+        ablations={name: tree for name, tree in there.items() if name not in foreign},
+        foreign=foreign,
+    )
     _check_pairs(made)
     return made
 
@@ -115,11 +137,6 @@ def _finished(directory: Path) -> Outcome | None:
     trees = {name: _read(file) for name in _FILES if (file := directory / name).is_file()}
     result = trees.get("result.json", {}) | trees.get(PREFLIGHT, {})
     return Outcome(stage=directory.name, result=result, before=trees.get("before.json", {}))
-
-
-def skipped(outcomes: Outcomes, stage: str) -> bool:
-    """Whether no teacher needed this warm-up."""
-    return (outcomes.recipe.dir / stage / SKIPPED).is_file()
 
 
 def _check_pairs(outcomes: Outcomes) -> None:

@@ -185,7 +185,9 @@ def other_domains(tree: Mapping[str, Any]) -> Figure:
     axes.set_ylim(0.4, len(lines) + 0.6)
     axes.axvline(0, color=INK, linewidth=0.9)
     axes.axvline(100 * tree["bars"]["regression"], color=FAINT, linewidth=1.1, linestyle=(0, (4, 2)))
-    axes.set_xlabel("change against before, points; no whole interval may lie left of the dashed line", fontsize=9)
+    last = tree["students"][tree["last"]]["title"]
+    rule = f"from {last} on no whole interval may lie left of the dashed line"
+    axes.set_xlabel(f"change against before, points; {rule}", fontsize=9)
     tidy(axes)
     return figure
 

@@ -59,16 +59,16 @@ class Promise:
 def check(tree: Mapping[str, Any]) -> list[Promise]:
     """The promises of a report in the order in which they are shown."""
     found = [_recovery(tree), _regressions(tree), _warm_up(tree), _quantized(tree), _acceptance(tree)]
-    return found + ([_staleness(tree["staleness"])] if tree["staleness"] else [])
+    return found + ([_staleness(tree["staleness"]["rows"])] if tree["staleness"] else [])
 
 
 def _recovery(tree: Mapping[str, Any]) -> Promise:
     last = tree["students"][tree["last"]]["title"]
-    cases, open_domains = [], []
+    cases, open_domains, external = [], [], []
     for domain, row in tree["distilled"].items():
         found = row["recoveries"].get(tree["last"])
         if found is None:
-            open_domains.append(domain)
+            (external if row["external"] else open_domains).append(domain)
         elif found["value"] is None:
             cases.append(Case(what=domain, text="its teacher is no better than the student before", held=False))
         else:
@@ -77,7 +77,9 @@ def _recovery(tree: Mapping[str, Any]) -> Promise:
         name="recovery",
         rule=f"recovery of at least {RECOVERY:.0%} in each distilled domain after {last}",
         cases=tuple(cases),
-        absent=_listed(open_domains),
+        absent="; ".join(
+            filter(None, [_listed(open_domains), _listed(external, "accuracy of the teacher not measured")])
+        ),
     )
 
 
@@ -85,8 +87,8 @@ def _regressions(tree: Mapping[str, Any]) -> Promise:
     cases, absent = [], []
     for domain, row in tree["undistilled"].items():
         for key, change in row["changes"].items():
-            if key != tree["last"] and key.startswith("mopd_"):
-                continue  # an iteration that is not the last is no result
+            if key != tree["last"] and key.startswith(("mopd_", "warm_up_")):
+                continue  # what is not the last iteration is no result
             what = f"{domain}, {tree['students'][key]['title']}"
             if change is None:
                 absent.append(what)
@@ -158,10 +160,12 @@ def _acceptance(tree: Mapping[str, Any]) -> Promise:
 
 
 def _staleness(rows: list[Tree]) -> Promise:
-    """Corrected rollouts of any age recover as much as fresh ones, and at the largest age point closer to them."""
-    fresh = next((row for row in rows if row["lag"] == 0 and row["corrected"]), None)
-    stale = [row for row in rows if row["lag"] > 0 and row["corrected"]]
-    oldest = {row["corrected"]: row["cosine"]["value"] for row in rows if row["lag"] == max(r["lag"] for r in rows)}
+    """Corrected rollouts of any age recover as much as fresh ones, and at the largest age point closer to them than
+    such as are learned from as if they were new."""
+    fresh = next((row for row in rows if row["lag"] == 0), None)
+    stale = [row for row in rows if row["lag"] > 0 and row["form"] == "corrected"]
+    largest = max(row["lag"] for row in rows)
+    oldest = {row["form"]: row["cosine"]["value"] for row in rows if row["lag"] == largest > 0}
     cases = []
     if fresh is not None:
         spread = max(fresh["recovery"]["values"]) - min(fresh["recovery"]["values"])
@@ -169,14 +173,16 @@ def _staleness(rows: list[Tree]) -> Promise:
             fall = row["recovery"]["value"] - fresh["recovery"]["value"]
             text = f"{100 * fall:+.1f} points of recovery, spread of lag 0 over seeds {100 * spread:.1f}"
             cases.append(Case(what=f"lag {row['lag']}", text=text, held=fall >= -spread))
-    if len(oldest) == 2:
-        text = f"{oldest[True]:.4f} corrected, {oldest[False]:.4f} not"
-        cases.append(Case(what="cosine at the largest lag", text=text, held=oldest[True] > oldest[False]))
+    both = {"corrected", "uncorrected"} <= oldest.keys()
+    if both:
+        ours, plain = oldest["corrected"], oldest["uncorrected"]
+        text = f"{ours:.3f} corrected, {plain:.3f} uncorrected"
+        cases.append(Case(what=f"cosine at lag {largest}", text=text, held=ours > plain))
     return Promise(
         name="asynchrony",
         rule="corrected rollouts of any age recover as lag 0 does but for its spread, with the higher cosine",
         cases=tuple(cases),
-        absent="" if fresh is not None and len(oldest) == 2 else "needs lag 0 and both forms at the largest lag",
+        absent="" if fresh is not None and both else "needs lag 0 and both forms at the largest lag",
     )
 
 

@@ -23,6 +23,7 @@ FOLDER = "quantized"
 """Of the stage's directory, with what is kept: a Hugging Face directory for vLLM, SGLang or TensorRT-LLM."""
 _BACK = "dequantized"
 _CACHE = "converted"
+_ANEW = "move that directory away and start the same command again, which writes it anew"
 
 
 def run_stage(config: Config, settings: QuantizeSettings, groups: Groups, title: str) -> None:
@@ -39,7 +40,7 @@ def run_stage(config: Config, settings: QuantizeSettings, groups: Groups, title:
     if not (directory / "result.json").is_file():
         assert config.model.initial is not None, "a quantize stage has an initial"
         _write(config.model.initial, directory, settings, groups)
-        manifest = checkpoint_directory.read_json(directory / FOLDER / quantized_checkpoint.MANIFEST)
+        manifest = checkpoint_directory.read_json(directory / FOLDER / quantized_checkpoint.MANIFEST, _ANEW)
         result = _measure(config, groups) if config.data.held_out else {}
         kept = ("bits_per_element", "parameters", "source_bytes", "stored_bytes", "groups")
         result["quantized"] = settings.model_dump(mode="json") | {name: manifest[name] for name in kept}
@@ -67,7 +68,7 @@ def _write(source: Path, directory: Path, settings: QuantizeSettings, groups: Gr
     def quantize(report: together.Report) -> None:
         if not target.is_dir():
             quantized_checkpoint.quantize(source, target, options, device=groups.device, report=report)
-        written = checkpoint_directory.read_json(target / quantized_checkpoint.MANIFEST)
+        written = checkpoint_directory.read_json(target / quantized_checkpoint.MANIFEST, _ANEW)
         ours = checkpoint_directory.read_manifest(source).get("checkpoint_id", written["source_checkpoint_id"])
         if written["source_checkpoint_id"] != ours:
             raise ConfigurationError(

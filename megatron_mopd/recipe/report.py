@@ -16,8 +16,9 @@ from megatron_mopd.recipe.outcomes import Outcomes
 from megatron_mopd.recipe.schema import Recipe
 from megatron_mopd.report import Example
 
+STALENESS = "Age of rollouts"
 DRAWN = {
-    "Age of rollouts": "ablations/staleness.png",
+    STALENESS: "ablations/staleness.png",
     "Who was initialised from whom, and who taught whom": PICTURE,
 }
 """Pictures that others leave in the recipe's directory, by caption."""
@@ -56,7 +57,10 @@ def write(tree: Mapping[str, Any], found: Outcomes, directory: Path) -> list[Pat
     for caption, name, figure in pictures.figures(tree, examples(found)):
         written.append(atomically(directory / name, lambda path, figure=figure: plots.save(figure, path)))
         shown[caption] = name
-    shown |= {caption: name for caption, name in DRAWN.items() if (directory / name).is_file()}
+    others = {caption: name for caption, name in DRAWN.items() if (directory / name).is_file()}
+    if tree["staleness"] is None:
+        others.pop(STALENESS, None)  # of another run
+    shown |= others
     markdown = text.to_markdown(tree, shown)
     json_text = json.dumps(tree, indent=2, allow_nan=False) + "\n"
     written.append(atomically(directory / "report.md", lambda path: path.write_text(markdown, encoding="utf-8")))

@@ -36,7 +36,8 @@ class Stage(Section):
     initial: str | None = None
     """Stage whose final weights this one starts from; random weights when left out."""
     teachers: dict[str, list[str]] = {}
-    """Stage name -> domains it teaches."""
+    """Stage name -> domains it teaches. A teacher that came as a checkpoint stands under ``teachers`` in ``settings``,
+    with its ``checkpoint`` and ``domains``; everything but its accuracy is known of it as of the others."""
     after: str | None = None
     """Of a warm-up: the preflight stage that says which of its teachers need it. The stage is skipped where none does,
     and those that start from it start from its ``initial``."""
@@ -58,7 +59,7 @@ class Roles(Section):
     """Which stages the report's columns are."""
 
     before: str
-    """What MOPD starts from."""
+    """The student that recovery and changes are measured against, before any warm-up and MOPD."""
     iterations: list[str] = Field(min_length=1)
     """MOPD stages in the order of their columns; recovery is that of the last."""
     sft: str | None = None
@@ -66,9 +67,29 @@ class Roles(Section):
     quantized: str | None = None
     preflight: str | None = None
     preflight_after: str | None = None
+    notes: dict[str, str] = {}
+    """Domain -> what a reader has to know of it, printed beside its numbers."""
 
 
 _ROLE_TYPES = {"quantized": "quantize", "preflight": "preflight", "preflight_after": "preflight"}
+
+
+class World(Section):
+    """A torchrun of its own beside the training."""
+
+    processes: int = Field(default=1, gt=0)
+    devices: list[int] | None = None
+    """GPUs that it sees, by their index on the machine; all of them, as the training, when left out."""
+    settings: dict[str, Any] = {}
+    """Settings over those of every stage that it serves: ``parallel``, sizes of batches."""
+
+
+class Worlds(Section):
+    """What draws and scores for stages with ``asynchrony.mode: worlds``, started beside the training on its machine."""
+
+    rollout: World
+    scoring: World | None = None
+    """Left out where no such stage has teachers."""
 
 
 class Recipe(Section):
@@ -79,6 +100,7 @@ class Recipe(Section):
     """Ranks that ``python -m megatron_mopd.recipe`` starts on this machine; left out: one for each GPU, or one."""
     common: dict[str, Any] = {}
     stages: list[Stage] = Field(min_length=1)
+    worlds: Worlds | None = None
     report: Roles | None = None
 
     def stage(self, name: str, where: str) -> Stage:
@@ -95,9 +117,10 @@ class Recipe(Section):
 
 def load_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     """Read a recipe; overrides apply to the common settings, to one stage as ``STAGE:key=value``, or are ``dir=PATH``,
-    ``processes=N`` and ``STAGE=skip``, which leaves a stage out: those that start from it start from its initial."""
-    own = [o for o in overrides if o.startswith(("dir=", "processes="))]
-    tree = merge(read_yaml(path), [o for o in own if o.startswith("processes=")])
+    ``processes=N``, ``worlds.rollout.processes=N`` and ``STAGE=skip``, which leaves a stage out: those that start from
+    it start from its initial."""
+    own = [o for o in overrides if o.startswith(("dir=", "processes=", "worlds.", "worlds="))]
+    tree = merge(read_yaml(path), [o for o in own if not o.startswith("dir=")])
     if places := [o.removeprefix("dir=") for o in own if o.startswith("dir=")]:
         tree["dir"] = places[-1]
     try:
@@ -131,8 +154,9 @@ def load_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def stage_config(recipe: Recipe, stage: Stage) -> Config:
-    """The full configuration of one stage, with the start and the teachers that earlier stages' results leave it.
+def stage_config(recipe: Recipe, stage: Stage, over: Mapping[str, Any] | None = None) -> Config:
+    """The full configuration of one stage, with the start and the teachers that earlier stages' results leave it, and
+    with the settings ``over`` its own.
 
     Before those have run it is that of a recipe whose warm-ups are all needed. A preflight stage has no objective of
     its own and a quantize stage no training, so their ``run.steps`` mean nothing.
@@ -141,11 +165,9 @@ def stage_config(recipe: Recipe, stage: Stage) -> Config:
     if stage.initial is not None:
         ours["model"] = {"initial": str(_weights(recipe, stage.initial))}
     if stage.teachers:
-        needed = in_need(recipe, stage)
         ours["teachers"] = {
             name: {"checkpoint": str(_weights(recipe, name)), "domains": domains}
             for name, domains in stage.teachers.items()
-            if not needed or name in needed
         }
     common, settings = recipe.common, stage.settings
     if stage.type == "preflight":
@@ -156,7 +178,10 @@ def stage_config(recipe: Recipe, stage: Stage) -> Config:
         supervised = {"source": {"type": "dataset"}, "objective": {"type": "cross_entropy"}}
         common = overlay({"batching": {"sequences_per_step": 1}}, overlay(kept, {"run": {"steps": 1}})) | supervised
         settings = {}
-    return build_config(overlay(overlay(common, settings), ours), origin=f"stage {stage.name!r}")
+    tree = overlay(overlay(overlay(common, settings), over or {}), ours)
+    if needed := in_need(recipe, stage):
+        tree["teachers"] = {name: teacher for name, teacher in tree["teachers"].items() if name in needed}
+    return build_config(tree, origin=f"stage {stage.name!r}")
 
 
 def quantize_settings(stage: Stage) -> QuantizeSettings:
@@ -176,9 +201,29 @@ def in_need(recipe: Recipe, stage: Stage) -> list[str] | None:
     A preflight that did not meet all of the teachers was another one, which its own fingerprint will say.
     """
     found = None if stage.after is None else decisions(recipe, stage.after)
-    if found is None or not stage.teachers.keys() <= found.keys():
+    names = teachers_of(recipe, stage)
+    if found is None or not set(names) <= found.keys():
         return None
-    return [name for name in stage.teachers if found[name] == "warm_up"]
+    return [name for name in names if found[name] == "warm_up"]
+
+
+def teachers_of(recipe: Recipe, stage: Stage) -> list[str]:
+    """Every teacher that is planned for a stage: other stages, then those that its settings name as checkpoints."""
+    return list(dict.fromkeys([*stage.teachers, *_in_settings(recipe, stage)]))
+
+
+def _in_settings(recipe: Recipe, stage: Stage) -> Mapping[str, Any]:
+    """``teachers`` of a stage's settings as they are written; what is no mapping is left for :func:`build_config`."""
+    if stage.type == "quantize":
+        return {}
+    found = overlay(recipe.common, stage.settings).get("teachers")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _checkpoint(recipe: Recipe, stage: Stage, teacher: str) -> str | None:
+    """Where the settings of ``stage`` say that ``teacher`` lies; None for a stage of the recipe."""
+    entry = {} if teacher in stage.teachers else _in_settings(recipe, stage).get(teacher)
+    return str(entry["checkpoint"]) if isinstance(entry, Mapping) and "checkpoint" in entry else None
 
 
 def decisions(recipe: Recipe, preflight: str) -> Mapping[str, str] | None:
@@ -237,6 +282,12 @@ def _check_order(recipe: Recipe, path: Path) -> None:
             raise ConfigurationError(f"{path}: two stages are named {stage.name!r}; rename one")
         if stage.name in _OTHER_FOLDERS:
             raise ConfigurationError(f"{path}: stage {stage.name!r}: dir has another folder of that name; rename it")
+        for teacher, entry in _in_settings(recipe, stage).items():
+            if teacher in recipe.names and isinstance(entry, Mapping) and "checkpoint" in entry:
+                raise ConfigurationError(
+                    f"{path}: stage {stage.name!r}: settings.teachers.{teacher}.checkpoint = {entry['checkpoint']}, but"
+                    f" {teacher!r} is a stage of this recipe; give the checkpoint another name, or take its stage out"
+                )
         seen[stage.name] = stage
 
 
@@ -244,15 +295,19 @@ def _check_stage(recipe: Recipe, stage: Stage, where: str) -> None:
     """What a stage of its type needs and cannot have."""
     if stage.type != "train" and stage.initial is None:
         raise ConfigurationError(f"{where}: a {stage.type} stage works on another stage's weights; name it as initial")
-    if stage.type == "preflight" and not stage.teachers:
-        raise ConfigurationError(f"{where}: a preflight stage measures teachers; name at least one under teachers")
+    planned = teachers_of(recipe, stage)
+    if stage.type == "preflight" and not planned:
+        raise ConfigurationError(
+            f"{where}: a preflight stage measures teachers; name at least one under teachers, or as a checkpoint under"
+            " teachers in its settings"
+        )
     if stage.type == "quantize":
         if stage.teachers:
             raise ConfigurationError(f"{where}: a quantize stage has no teachers; take {list(stage.teachers)} out")
         quantize_settings(stage)
     if stage.after is None:
         return
-    if stage.type != "train" or stage.initial is None or not stage.teachers:
+    if stage.type != "train" or stage.initial is None or not planned:
         raise ConfigurationError(
             f"{where}: after = {stage.after!r} makes it a warm-up, which trains, has an initial to fall back to and"
             " teachers; give it these, or take after out"
@@ -263,10 +318,16 @@ def _check_stage(recipe: Recipe, stage: Stage, where: str) -> None:
             f"{where}: after = {stage.after!r} must be a preflight stage of the same student, initial ="
             f" {stage.initial!r}; it is a {preflight.type} stage with initial = {preflight.initial!r}"
         )
-    if unmeasured := [name for name in stage.teachers if name not in preflight.teachers]:
-        raise ConfigurationError(
-            f"{where}: {stage.after!r} decides nothing on the teacher {unmeasured[0]!r}; add it to its teachers"
-        )
+    measured = teachers_of(recipe, preflight)
+    for name in planned:
+        if name not in measured:
+            raise ConfigurationError(f"{where}: {stage.after!r} decides nothing on the teacher {name!r}; add it there")
+        ours, theirs = (_checkpoint(recipe, one, name) for one in (stage, preflight))
+        if ours != theirs:
+            raise ConfigurationError(
+                f"{where}: its teacher {name!r} is {ours or 'a stage'}, and that of {stage.after!r}, which decides on"
+                f" it, is {theirs or 'a stage'}; name one checkpoint in both"
+            )
 
 
 def _check_roles(recipe: Recipe, roles: Roles, where: str) -> None:
@@ -277,5 +338,5 @@ def _check_roles(recipe: Recipe, roles: Roles, where: str) -> None:
         wanted = _ROLE_TYPES.get(role, "train")
         if stage.type != wanted:
             raise ConfigurationError(f"{where}.{role} = {name!r}: is a {stage.type} stage; name a {wanted} stage")
-        if role == "iterations" and not stage.teachers:
+        if role == "iterations" and not teachers_of(recipe, stage):
             raise ConfigurationError(f"{where}.iterations: stage {name!r} has no teachers; name those that distil")

@@ -42,20 +42,23 @@ def verdict(tree: Mapping[str, Any]) -> Text:
 
 
 def recovery(tree: Mapping[str, Any]) -> Table:
-    """The paper's table, two lines a row."""
+    """The paper's table, two lines a row; the change from before, which report.md has too, finds no room here."""
     titles = text.columns(tree)
     caption = f"greedy, {text.tasks(tree)} held-out tasks a domain · 95% intervals · {duration(tree['wall_s'])} in all"
-    made = _table(tree["title"], ["domain", *titles.values(), "teacher", "recovery", "change"], caption)
+    made = _table(tree["title"], ["domain", *titles.values(), "teacher", "recovery"], caption)
     colours = domain_colours(list(tree["distilled"]))
     for domain, row in tree["distilled"].items():
         made.add_row(
             Text(f"{domain}\n{row['teacher']}" + ("*" if row["refreshed"] else ""), style=colours[domain]),
             *(_accuracy(row["cells"][key]) for key in (*titles, "teacher")),
-            _two(text.share(row["recovery"]), "bold"),
-            _two(text.points(row["change"])),
+            _two(text.share(row["recovery"]), "bold") if not row["external"] else Text("not\nmeasured", style="dim"),
         )
+    below = [caption]
     if any(row["refreshed"] for row in tree["distilled"].values()):
-        made.caption = f"{caption}\n* refreshed from an earlier student"
+        below.append("* refreshed from an earlier student")
+    if any(row["external"] for row in tree["distilled"].values()):
+        below.append("teachers without a number came as checkpoints, which no stage measured")
+    made.caption = "\n".join([*below, *text.notes(tree, "distilled")])
     return made
 
 
@@ -84,6 +87,7 @@ def other_domains(tree: Mapping[str, Any]) -> Table | None:
     for domain, row in tree["undistilled"].items():
         changes = [_two(text.points(row["changes"][key])) for key in later]
         made.add_row(Text(domain), _accuracy(row["cells"]["before"]), *changes)
+    made.caption = "\n".join(text.notes(tree, "undistilled")) or None
     return made
 
 
@@ -103,7 +107,7 @@ def warm_up(tree: Mapping[str, Any]) -> Table | None:
 
 
 def overlap(tree: Mapping[str, Any]) -> Table | None:
-    """Pre-flight before and after, a domain a row."""
+    """Pre-flight before and after, a domain a row, with its teachers where they differ."""
     if not tree["overlap"]:
         return None
     headings = ["domain", "decision", "top-k overlap", "student mass", "implausible", "reverse KL"]
@@ -111,7 +115,12 @@ def overlap(tree: Mapping[str, Any]) -> Table | None:
     for domain, sides in tree["overlap"].items():
         cells = [_arrow(sides, name, percent) for name in ("overlap", "student_mass", "implausible")]
         decision = _arrow(sides, "decision", lambda value: value.replace("_", " "))
-        made.add_row(Text(domain), decision, *cells, _arrow(sides, "reverse_kl", lambda value: f"{value:.3f}"))
+        made.add_row(
+            Text("\n".join([domain, *text.refreshed(sides)])),
+            decision,
+            *cells,
+            _arrow(sides, "reverse_kl", lambda value: f"{value:.3f}"),
+        )
     return made
 
 
@@ -148,11 +157,12 @@ def staleness(tree: Mapping[str, Any]) -> Table | None:
     """Means over seeds."""
     if not tree["staleness"]:
         return None
-    made = _table("Staleness", ["lag", "corrected", "recovery, %", "cosine", "seeds"])
-    for row in tree["staleness"]:
-        numbers = [text.valued(row["recovery"], ".1f", 100), text.valued(row["cosine"], ".4f")]
-        cells = ["yes" if row["corrected"] else "no", *numbers, str(len(row["seeds"]))]
-        made.add_row(Text(str(row["lag"])), *(Text(cell) for cell in cells))
+    made = _table(
+        f"Staleness: {text.short_runs(tree['staleness']['settings'])}",
+        ["lag", "form", "recovery, %", "cosine", "seeds"],
+    )
+    for row in tree["staleness"]["rows"]:
+        made.add_row(*(Text(cell) for cell in text.stale(row)))
     return made
 
 

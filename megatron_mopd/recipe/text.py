@@ -40,12 +40,30 @@ def tasks(tree: Mapping[str, Any]) -> str:
 def columns(tree: Mapping[str, Any]) -> dict[str, str]:
     """``{key: title}`` of the students in the paper's table."""
     students = {key: student["title"] for key, student in tree["students"].items()}
-    return {key: title for key, title in students.items() if key in ("sft", "before") or key.startswith("mopd_")}
+    return {key: title for key, title in students.items() if key not in ("boosted", "quantized")}
 
 
 def taught_by(row: Mapping[str, Any]) -> str:
     """The teacher of a row, and the one it took over from where it was refreshed."""
     return f"{row['teacher']}, refreshed from {row['first_teacher']}" if row["refreshed"] else row["teacher"]
+
+
+def refreshed(sides: Mapping[str, Any]) -> list[str]:
+    """``["orderer → orderer2"]`` of a domain whose teacher is another after than before; nothing else."""
+    names = [found["teacher"] for found in (sides["before"], sides["after"]) if found is not None]
+    return [" → ".join(names)] if len(set(names)) > 1 else []
+
+
+def goal(row: Mapping[str, Any]) -> str:
+    """The accuracy of a row's teacher and its name; of one that came as a checkpoint, that there is none."""
+    if row["external"]:
+        return f"external, not measured ({row['teacher']})"
+    return f"{accuracy(row['cells']['teacher'])} ({row['teacher']})"
+
+
+def notes(tree: Mapping[str, Any], part: str) -> list[str]:
+    """What the recipe says of the domains of a part of the tree."""
+    return [f"{domain}: {text}" for domain, text in tree["notes"].items() if domain in tree[part]]
 
 
 def accuracy(cell: Tree | None) -> str:
@@ -91,8 +109,8 @@ def _recovery(tree: Mapping[str, Any]) -> list[str]:
         [
             domain,
             *(accuracy(row["cells"][key]) for key in titles),
-            f"{accuracy(row['cells']['teacher'])} ({row['teacher']})",
-            f"**{share(row['recovery'])}**" if row["recovery"] else "",
+            goal(row),
+            f"**{share(row['recovery'])}**" if row["recovery"] else "not measured" if row["external"] else "",
             points(row["change"]),
         ]
         for domain, row in tree["distilled"].items()
@@ -102,8 +120,13 @@ def _recovery(tree: Mapping[str, Any]) -> list[str]:
         for domain, row in tree["distilled"].items()
         if row["refreshed"] and row["cells"]["first_teacher"]
     ]
-    notes = [f"Teachers refreshed between the iterations: {'; '.join(refreshed)}."] if refreshed else []
-    return [MEANING.format(tasks=tasks(tree)), table(headings, rows), *notes]
+    below = [f"Teachers refreshed between the iterations: {'; '.join(refreshed)}."] if refreshed else []
+    if external := [domain for domain, row in tree["distilled"].items() if row["external"]]:
+        below.append(
+            f"No recovery in {', '.join(external)}: it is the share of the way to the teacher, and the accuracy of a"
+            " teacher that came as a checkpoint is not measured."
+        )
+    return [MEANING.format(tasks=tasks(tree)), table(headings, rows), *below, *notes(tree, "distilled")]
 
 
 def _last_title(tree: Mapping[str, Any]) -> str:
@@ -131,7 +154,7 @@ def _regressions(tree: Mapping[str, Any]) -> list[str]:
         for domain, row in tree["undistilled"].items()
     ]
     text = "Change of accuracy against before, in points, on the same tasks."
-    return ["## Domains that were not distilled", text, table(headings, rows)]
+    return ["## Domains that were not distilled", text, table(headings, rows), *notes(tree, "undistilled")]
 
 
 def _warm_up(tree: Mapping[str, Any]) -> list[str]:
@@ -154,10 +177,10 @@ def _warm_up(tree: Mapping[str, Any]) -> list[str]:
 def _overlap(tree: Mapping[str, Any]) -> list[str]:
     if not tree["overlap"]:
         return []
-    headings = ["domain", "when", "teacher", "decision", "top-k overlap", "teacher mass", "student mass"]
+    headings = ["domain", "when", "student", "teacher", "decision", "top-k overlap", "teacher mass", "student mass"]
     headings += ["implausible prefixes", "reverse KL"]
     rows = [
-        [domain, side, found["teacher"], found["decision"].replace("_", " ")]
+        [domain, side, found["student"], found["teacher"], found["decision"].replace("_", " ")]
         + [percent(found[name]) for name in ("overlap", "teacher_mass", "student_mass", "implausible")]
         + ["n/a" if found["reverse_kl"] is None else f"{found['reverse_kl']:.4f}"]
         for domain, sides in tree["overlap"].items()
@@ -206,18 +229,29 @@ def _quantized(tree: Mapping[str, Any]) -> list[str]:
 def _staleness(tree: Mapping[str, Any]) -> list[str]:
     if not tree["staleness"]:
         return []
-    rows = [
-        [
-            str(row["lag"]),
-            "yes" if row["corrected"] else "no",
-            valued(row["recovery"], ".1f", 100),
-            valued(row["cosine"], ".4f"),
-            str(len(row["seeds"])),
-        ]
-        for row in tree["staleness"]
-    ]
-    headings = ["lag, steps", "corrected by Eq. 3", "recovery, %", "cosine to the on-policy gradient", "seeds"]
-    return ["## Staleness", table(headings, rows)]
+    settings, rows = tree["staleness"]["settings"], tree["staleness"]["rows"]
+    said = (
+        f"Runs of {short_runs(settings)}; cosines of gradients from {settings['probe']:,} sequences. *corrected* is Eq."
+        " 3; *recomputed* takes from it the advantage alone; *uncorrected* learns from every rollout as if it were new."
+        " Two on-policy gradients have the cosine of lag 0, so no form can be expected above it."
+    )
+    headings = ["lag, steps", "form", "recovery, %", "cosine to the on-policy gradient", "seeds"]
+    return ["## Staleness", said, table(headings, [stale(row) for row in rows])]
+
+
+def short_runs(settings: Mapping[str, Any]) -> str:
+    """What the runs on staleness were."""
+    return (
+        f"{settings['steps']} steps of {settings['stage']} with {settings['prompts']} prompts each at the constant"
+        f" learning rate {settings['lr']:g}"
+    )
+
+
+def stale(row: Mapping[str, Any]) -> list[str]:
+    """Lag, form, recovery, cosine and number of seeds."""
+    recovery = "not trained" if row["recovery"] is None else valued(row["recovery"], ".1f", 100)
+    form = row["form"] if row["lag"] else "on-policy"
+    return [str(row["lag"]), form, recovery, valued(row["cosine"], ".3f"), str(len(row["seeds"]))]
 
 
 def _stages(tree: Mapping[str, Any]) -> list[str]:

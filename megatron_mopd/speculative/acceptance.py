@@ -75,10 +75,11 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def gains(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """``{draft: {mode: {"gain", "interval", "prompts"}}}`` between two results of :func:`measure` on equal prompts.
+    """``{draft: {mode: {"gain", "interval", "prompts"}}}`` between two results of :func:`measure`.
 
-    The gain is the mean over the prompts that were long enough in both, its 95% interval that of a paired mean (None
-    below two prompts). Raises ValueError where the two are not of the same prompts.
+    Both are to be of the same prompts in the same order, which they do not say; ValueError is raised where they are of
+    different numbers of prompts. The gain is the mean over the prompts whose completions were long enough in both, its
+    95% interval that of a paired mean (None below two prompts).
     """
     tree: dict[str, Any] = {}
     for draft, modes in before.items():
