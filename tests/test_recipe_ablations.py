@@ -219,3 +219,13 @@ def test_a_recipe_that_has_not_run_is_named(tool: ModuleType, tmp_path: Path, gr
         tool.mtp_boosting(recipe(tmp_path), groups, Namespace(seeds=3))
     with pytest.raises(ConfigurationError, match="names no roles"):
         tool.mtp_boosting(recipe(tmp_path, report=None), groups, Namespace(seeds=3))
+
+
+def test_ablations_draw_inline_whatever_the_stage_does(tool: ModuleType, tmp_path: Path) -> None:
+    """No world draws for them."""
+    worlds = {"asynchrony": {"mode": "worlds", "deterministic": False}}
+    stages = yaml.safe_load((recipe(tmp_path).dir / "recipe.yaml").read_text())["stages"]
+    stages[-2]["settings"] = worlds
+    made = recipe(tmp_path, stages=stages, worlds={"rollout": {"processes": 1}, "scoring": {"processes": 1}})
+    config = tool.varied(made, made.stage("mopd1", "").model_copy(update={"initial": None}), "warm_up/without")
+    assert config.asynchrony.mode == "inline" and config.run.dir == tmp_path / "ablations" / "warm_up" / "without"

@@ -25,6 +25,7 @@ from typing import Any
 from rich.table import Table
 
 from megatron_mopd import display, intervals, origins, parallel, presets, report
+from megatron_mopd.asynchrony_config import Asynchrony
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.recipe import ablations, anew
 from megatron_mopd.recipe.ablations import FOLDER
@@ -56,8 +57,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def varied(recipe: Recipe, stage: Stage, folder: str, seed: int | None = None) -> Config:
-    """A stage's configuration in a directory of its own under ``DIR/ablations``; with ``seed``, drawn anew by it."""
-    config = origins.resolved(stage_config(recipe, stage))
+    """A stage's configuration in a directory of its own under ``DIR/ablations``; with ``seed``, drawn anew by it.
+
+    Rollouts are drawn inline whatever the recipe's stage does: no worlds run beside an ablation.
+    """
+    config = origins.resolved(stage_config(recipe, stage)).model_copy(update={"asynchrony": Asynchrony()})
     changes = {"dir": recipe.dir / FOLDER / folder} | ({} if seed is None else {"seed": seed})
     config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
     if seed is not None:

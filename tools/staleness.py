@@ -9,6 +9,10 @@ corrected run, the cosine of each form's gradient to the on-policy gradient, of 
 *recomputed*, which takes from Eq. 3 the advantage alone; megatron_mopd.gradient_probe says how. At lag 0 the cosine is
 that of two on-policy gradients, the most that any form can reach with so many sequences.
 
+What age costs is decided by how far the policy moves meanwhile, so by ``--lr``. At its default eight steps leave nearly
+every token within IcePop's bounds; where they do not, the mask takes away just the tokens that move the most, and
+with them the direction of the gradient.
+
 Writes ``ablations/staleness.json`` and ``.png`` in the recipe's directory and prints a table. Runs that are finished
 are kept, so a stopped program goes on. Ends with status 1 when a corrected lag recovers less than lag 0 by more than
 the seeds' spread, or when the corrected gradient is not closer than the uncorrected one at the largest lag.
@@ -51,7 +55,7 @@ from megatron_mopd.guard_config import Guards
 from megatron_mopd.palette import domain_colours
 from megatron_mopd.plot_parts import FAINT, INK, tidy
 from megatron_mopd.recipe import ablations, anew
-from megatron_mopd.recipe.schema import Recipe, load_recipe, stage_config, starts_from
+from megatron_mopd.recipe.schema import Recipe, load_recipe, stage_config, starts_from, teachers_of
 from megatron_mopd.recipe.words import Parser
 from megatron_mopd.settings import overlay
 from megatron_mopd.train import reported
@@ -95,7 +99,7 @@ def forms(lag: int, of: Iterable[str]) -> tuple[str, ...]:
 
 
 def configuration(recipe: Recipe, variant: Variant, options: argparse.Namespace) -> Config:
-    """The stage, shortened, with rollouts of the variant's age; its learning rate is brisk, so that age matters."""
+    """The stage, shortened, with rollouts of the variant's age, at a constant learning rate."""
     stage = recipe.stage(options.stage, "--stage")
     directory = recipe.dir / ablations.FOLDER / NAME / variant.name
     short = {
@@ -176,17 +180,27 @@ def fingerprint(config: Config, options: argparse.Namespace) -> str:
     return hashlib.sha256(json.dumps([settings, ids, options.probe, options.samples]).encode()).hexdigest()
 
 
+def weights_of(recipe: Recipe, options: argparse.Namespace) -> dict[str, str]:
+    """Checkpoints that all runs start and learn from, by stage; raises :class:`ConfigurationError` where one lacks."""
+    stage = recipe.stage(options.stage, "--stage")
+    if outside := sorted(set(teachers_of(recipe, stage)) - stage.teachers.keys()):
+        raise ConfigurationError(
+            f"--stage {stage.name}: no stage of the recipe measured how good {', '.join(outside)} (settings.teachers)"
+            " is, so there is no recovery; name a stage whose teachers are all stages of the recipe"
+        )
+    start = [] if stage.initial is None else [starts_from(recipe, stage.initial)]
+    return ablations.weights_of(recipe, [*start, *stage.teachers])
+
+
 def gather(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """``staleness.json`` from what the runs left."""
-    stage = recipe.stage(options.stage, "--stage")
+    stage, weights = recipe.stage(options.stage, "--stage"), weights_of(recipe, options)
     goals = {
         domain: _share(_read(recipe.dir / name / "result.json")["answers"][domain][: options.samples])
         for name, domains in stage.teachers.items()
         for domain in domains
     }
     folder, rows = recipe.dir / ablations.FOLDER / NAME, []
-    start = [] if stage.initial is None else [starts_from(recipe, stage.initial)]
-    weights = ablations.weights_of(recipe, [*start, *stage.teachers])
     for variant in variants(options.lags, options.seeds, gradient_probe.FORMS):
         probed = dataclasses.replace(variant, form="corrected").name
         cosine = _read(folder / probed / f"{NAME}.json")["cosine"][variant.form]
@@ -302,7 +316,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--stage", help="MOPD stage to shorten; the recipe's first iteration, or its last stage")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--prompts", type=int, default=96, help="a step")
-    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--lr", type=float, default=5e-5, help="constant; the policy must not run away within a lag")
     parser.add_argument("--samples", type=int, default=300, help="held-out prompts a domain")
     parser.add_argument("--probe", type=int, default=1536, help="sequences of each gradient of the cosine")
     parser.add_argument("--lags", type=int, nargs="+", default=list(LAGS))
@@ -312,12 +326,13 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def _side_by_side(processes: int) -> None:
-    """Start this command again, each time with its share of the runs, and wait for all."""
+def _side_by_side(processes: int, lock: int) -> None:
+    """Start this command again, each time with its share of the runs and the recipe's lock, and wait for all."""
     command = [sys.executable, *sys.argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = [
-        subprocess.Popen([*command, "--share", str(i), str(processes)], env=environment) for i in range(processes)
+        subprocess.Popen([*command, "--share", str(i), str(processes)], env=environment, pass_fds=[lock])
+        for i in range(processes)
     ]
     codes = [process.wait() for process in started]  # of all, before the first failure is told
     if any(codes):
@@ -340,8 +355,9 @@ def main() -> int:
         if options.share is not None:
             work(recipe, options)
             return 0
-        with anew.alone(recipe.dir):
-            _side_by_side(options.processes)
+        weights_of(recipe, options)  # what is missing is told before the runs
+        with anew.alone(recipe.dir) as lock:
+            _side_by_side(options.processes, lock)
             tree = gather(recipe, options)
             failures = judge(tree)
             tree |= {"failures": failures}

@@ -66,10 +66,11 @@ def begin_at(recipe: Recipe, name: str) -> None:
 
 
 @contextmanager
-def alone(directory: Path) -> Iterator[None]:
+def alone(directory: Path) -> Iterator[int]:
     """Hold the lock of a recipe's directory, which the kernel frees when this process ends in whatever way.
 
-    Two runs would overwrite each other's checkpoints. Raises :class:`ConfigurationError` naming the process that holds
+    Yields its descriptor: programs that inherit it hold the lock until the last of them has ended too. Two runs would
+    overwrite each other's checkpoints. Raises :class:`ConfigurationError` naming the process that holds
     it. A file system without locks is said and used as it is.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def alone(directory: Path) -> Iterator[None]:
         _lock(descriptor, directory)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
