@@ -23,7 +23,7 @@ class View:
 
     kept: UpdatedRollout
     tokens: tuple[str, ...]  # text of each
-    advantages: tuple[float, ...]  # nats; 0 where the update saw none
+    advantages: tuple[float, ...]  # nats; against behaviour where no update saw the rollout, 0 where nothing is known
     uncounted: tuple[str | None, ...]  # why a token did not count; None where it did
 
     @property
@@ -53,7 +53,10 @@ class View:
 def of(kept: UpdatedRollout, decode: Callable[[Sequence[int]], str]) -> View:
     """``decode`` is the tokenizer's; a token without text, such as the one that ends a completion, is shown as ⏎."""
     completion = shards.rollout(kept).completion.tolist()
-    given = kept.per_token.get("advantage")
+    known = shards.values(kept)
+    given = known.get("advantage")
+    if given is None and {"teacher_logprobs", "behav_logprobs"} <= known.keys():
+        given = known["teacher_logprobs"] - known["behav_logprobs"]
     counts = kept.per_token.get("mask", torch.ones(len(completion))).tolist()
     if kept.dropped == shards.SEQUENCE_ERROR:
         reasons: list[str | None] = ["whole rollout dropped by objective.sequence_error_threshold"] * len(completion)

@@ -392,6 +392,10 @@ def test_a_run_stops_with_the_last_good_checkpoint_and_saves_nothing_new(groups:
     assert "guard truncation of domain 'plain'" in shard.header["stopped"] and shard.header["policy"]["step"] == 2
     (why,) = {reason for kept in shard.rollouts for reason in rollout_view.of(kept, str).uncounted}
     assert why == "a guard stopped the run before the update"
+    kept = shard.rollouts[0]
+    assert isinstance(kept.item, ScoredRollout) and kept.item.rollout.behav_logprobs is not None
+    gaps = kept.item.teacher_logprobs - kept.item.rollout.behav_logprobs
+    assert rollout_view.of(kept, str).advantages == tuple(gaps.tolist()) and gaps.abs().min() > 0
     with pytest.raises(ConfigurationError, match="before the update of step 3, so there is nothing to repeat"):
         replay.replay(config, groups, 3)
     run_stage(config.model_copy(update={"guards": guard_config.Guards()}), groups)
