@@ -72,6 +72,7 @@ class TeacherPool:
         self._models = {name: teacher.model or config.model for name, teacher in config.teachers.items()}
         manifests = {name: _checked_manifest(name, config, tokenizer, self.vocab_size) for name in config.teachers}
         self._checkpoints = {name: teacher.checkpoint for name, teacher in config.teachers.items()}
+        self._named = {n for n, m in manifests.items() if "checkpoint_id" in m}  # the ids of others are said in full
         self.ids: dict[str, str] = {}  # teacher name -> checkpoint_id
         self.nvfp4 = {name: tuple(sorted(teacher.nvfp4)) for name, teacher in config.teachers.items()}
         self._weights: dict[str, dict[str, quantized_teachers.Stored]] = {}  # _key of a teacher -> host copies
@@ -333,7 +334,7 @@ class TeacherPool:
                 )
             except ConfigurationError as error:
                 raise ConfigurationError(f"teachers.{name}.{error}") from None
-        log.info("teacher %s: %s from %s", name, self.ids[name][:12], path)
+        log.info("teacher %s: %s from %s", name, self.ids[name][: 12 if name in self._named else None], path)
 
     def _read_checkpoint(self, name: str) -> str:
         """The checkpoint_id; its resident model then holds the weights as they are in the checkpoint."""
@@ -375,7 +376,7 @@ def _identity(name: str, config: Config, manifest: Mapping[str, Any]) -> str:
         raise ConfigurationError(
             f"teachers.{name}.checkpoint = {config.teachers[name].checkpoint}: its mopd_manifest.json lacks"
             " checkpoint_id, by which training knows what the scoring world's scores are of: write there the one that"
-            " the scoring world says when it loads the teacher"
+            " a start with asynchrony.mode = inline, or a scoring world by itself, says when it loads the teacher"
         )
     return manifest["checkpoint_id"]
 

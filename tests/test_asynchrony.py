@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -38,6 +40,7 @@ from megatron_mopd.provenance import ProvenanceError
 from megatron_mopd.records import Policy, Prompt, Provenance, Rollout, Sampling
 from megatron_mopd.settings import overlay
 from megatron_mopd.sources import RolloutSource
+from megatron_mopd.teachers import TeacherPool
 from megatron_mopd.tokenizer import build_tokenizer
 from megatron_mopd.trainer import Trainer
 
@@ -143,7 +146,7 @@ def test_training_reads_what_the_scoring_world_holds_to_measure_and_for_nothing_
 
 
 def test_a_teacher_that_says_not_who_it_is_is_refused_where_nobody_reads_it(
-    school: dict[str, Any], groups: Groups, tmp_path: Path
+    school: dict[str, Any], groups: Groups, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(school["teachers"]["expert"]["checkpoint"], copy)
@@ -152,8 +155,15 @@ def test_a_teacher_that_says_not_who_it_is_is_refused_where_nobody_reads_it(
     del tree["checkpoint_id"]
     manifest.write_text(json.dumps(tree))
     moved = {"teachers": {"expert": {"checkpoint": str(copy)}}}
+    config = of(tmp_path / "run", school, moved, WORLDS)
     with pytest.raises(ConfigurationError, match=r"teachers.expert.checkpoint = .*lacks checkpoint_id.*scoring world"):
-        Trainer(of(tmp_path / "run", school, moved, WORLDS), groups)
+        Trainer(config, groups)
+    with caplog.at_level(logging.INFO, logger="megatron_mopd"):  # the way out, as the message says it
+        pool = TeacherPool(config, groups, build_tokenizer(config.tokenizer))
+    (said,) = re.findall(r"teacher expert: ([0-9a-f]{64}) from", caplog.text)
+    manifest.write_text(json.dumps(tree | {"checkpoint_id": said}))
+    found = Trainer(config, groups).teachers
+    assert found is not None and found.ids == pool.ids
 
 
 def test_a_run_goes_on_from_its_checkpoint_in_any_mode(school: dict[str, Any], groups: Groups, tmp_path: Path) -> None:
@@ -286,7 +296,8 @@ def test_signs_of_life_are_counted_whatever_the_clocks_say(tmp_path: Path, monke
     watch = signs.Watch(tmp_path, "rollout", settings)
     clock.now = 11
     with pytest.raises(
-        signs.WorldError, match=r"rollout world was never started .* 11 s .*silence_s = 10.*own command"
+        signs.WorldError,
+        match=r"world was never started .* 11 s .*silence_s = 10.*same command again \(where .* by hand: it, then this",
     ):
         watch.check()
     beacon = signs.Beacon(tmp_path, "rollout", enabled=True)
@@ -446,7 +457,7 @@ def test_a_shard_that_is_not_what_was_written_is_refused_by_its_name(
     assert exchange.draws(session, "drawn") == [0] and len(exchange.read(session, "drawn", 0)) == 1
     harm(path / file)
     draw = exchange.draws(session, "drawn")[0]
-    with pytest.raises(ConfigurationError, match=rf"drawn/000000{draw}: this shard is refused.*Start all worlds again"):
+    with pytest.raises(ConfigurationError, match=rf"drawn/000000{draw}: this shard is refused.*Start the same command"):
         exchange.read(session, "drawn", draw)
     with pytest.raises(ConfigurationError) as refused:
         exchange.read(session, "drawn", draw)
@@ -488,10 +499,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
+    def full_of(path: Path) -> Any:
+        raise OSError(116, "Stale file handle")
+
     monkeypatch.setattr("megatron_mopd.checkpoint_directory.write", full)
     with pytest.raises(signs.WorldError, match=r"drawn/0000000: the shard could not be written: .*No space left.*free"):
         exchange.write(session, "drawn", 0, [rollout()])
     assert exchange.draws(session, "drawn") == [] and not list((exchange.folder(session) / "drawn").iterdir())
+    monkeypatch.setattr("megatron_mopd.files.shutil.disk_usage", full_of)
+    with pytest.raises(signs.WorldError, match=r"the shard could not be written: .*how much is free there is unknown"):
+        exchange.write(session, "drawn", 0, [rollout()])
 
 
 def test_a_world_of_another_configuration_is_refused(school: dict[str, Any], groups: Groups, tmp_path: Path) -> None:
@@ -542,6 +559,25 @@ def test_what_changes_a_draw_or_a_score_is_refused_with_both_values(tmp_path: Pa
     contract.compare(exchange, session, ours)
     with pytest.raises(ProvenanceError, match=rf"session\.json: .*{message}"):
         contract.compare(exchange, session, told(tmp_path, change)[1])
+
+
+def test_equal_worlds_of_a_quantized_training_agree(tmp_path: Path) -> None:
+    """Training's side was in a file, where its table's patterns became lists."""
+    exchange, ours = told(tmp_path, {"quantization": TABLE})
+    exchange.begin("life", 0, 0, {"run_id": "same"}, ours)
+    session = exchange.session()
+    assert session is not None
+    contract.compare(exchange, session, told(tmp_path, {"quantization": TABLE})[1])
+
+
+def test_a_session_that_cannot_be_read_says_who_writes_it_anew(tmp_path: Path) -> None:
+    exchange, ours = told(tmp_path, {})
+    exchange.begin("life", 0, 0, {"run_id": "same"}, ours)
+    (exchange.root / "session.json").write_text("{")
+    with pytest.raises(ConfigurationError, match=r"session\.json: cannot be read: .*; start the training again, which"):
+        exchange.session()
+    exchange.begin("life", 0, 0, {"run_id": "same"}, ours)
+    assert exchange.session() is not None
 
 
 def test_layout_and_start_of_the_weights_are_a_worlds_own(tmp_path: Path) -> None:

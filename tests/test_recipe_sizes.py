@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from megatron_mopd import presets
 from megatron_mopd.config import Config
@@ -16,7 +19,8 @@ from megatron_mopd.memory.plan import GIB, Machine, plan
 from megatron_mopd.objective_presets import OBJECTIVE_PRESETS
 from megatron_mopd.presets import PRESETS
 from megatron_mopd.recipe import __main__ as command
-from megatron_mopd.recipe.schema import Recipe, load_recipe, stage_config
+from megatron_mopd.recipe import beside
+from megatron_mopd.recipe.schema import Recipe, Worlds, load_recipe, stage_config
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "examples" / "recipe.yaml"
@@ -106,10 +110,8 @@ def test_the_commands_of_the_page_are_understood(
     for name in ("RANK", "WORLD_SIZE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DRY_RUN", "1")
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     seen = 0
-    for words in (shlex.split(line, comments=True) for line in lines):
+    for words in commands_of_the_page():
         if "megatron_mopd.recipe" not in words or "torchrun" in words:
             continue
         before = words[: words.index("python")]
@@ -118,10 +120,70 @@ def test_the_commands_of_the_page_are_understood(
                 patch.setenv(variable, "0" if value.startswith("$") else value)
             assert command.main(words[words.index("megatron_mopd.recipe") + 1 :]) == 0
             line, *worlds = capsys.readouterr().out.splitlines()
-            assert len(worlds) == (2 if any(word.startswith("worlds=") for word in words) else 0)
+            assert len(worlds) == (2 if any(word.startswith(("worlds=", "worlds.")) for word in words) else 0)
             assert ("--standalone" in line) is ("NNODES" not in " ".join(before))
         seen += 1
     assert seen >= 4
+
+
+def commands_of_the_page() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def sections_of_the_page() -> list[dict[str, Any]]:
+    """What the page says under ``worlds``, in its order: of one node, then of many."""
+    blocks = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)]
+    return [block for block in blocks if "worlds" in block]
+
+
+def check_worlds(recipe: Recipe, ranks: dict[str, int]) -> None:
+    """That each world's own ranks carry its layout, in every stage that it serves."""
+    from megatron_mopd import parallel, student
+
+    beside.check(recipe)
+    for world, count in ranks.items():
+        assert [stage.name for stage in beside.served(recipe, world)] == ["mopd1"]
+        config = beside.config_of(recipe, recipe.stage("mopd1", ""), world)
+        presets.check(config)
+        parallel.check_world(config.parallel, count)
+        student.transformer_config(config.model, config.parallel, "bf16")
+
+
+def test_worlds_on_one_node_have_gpus_and_layouts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (words,) = [words for words in commands_of_the_page() if any(word.startswith("worlds.rollout=") for word in words)]
+    arguments = command.parser().parse_intermixed_args(words[words.index("megatron_mopd.recipe") + 1 :])
+    recipe, section = load_recipe(arguments.recipe, arguments.overrides), sections_of_the_page()[0]
+    assert recipe.worlds is not None and recipe.worlds == Worlds.model_validate(section["worlds"])
+    worlds = {"rollout": recipe.worlds.rollout, "scoring": recipe.worlds.scoring}
+    check_worlds(recipe, {name: world.processes for name, world in worlds.items() if world is not None})
+    taken = list(range(section["processes"]))
+    for world in worlds.values():
+        assert world is not None and world.devices is not None and len(world.devices) == world.processes
+        taken += world.devices
+    assert recipe.processes == section["processes"] and sorted(taken) == list(range(8))
+    machine = Machine(world=section["processes"], gpu=GPU_GIB[512] * GIB)  # GPUs of 180 GB
+    for name, config in configs(recipe).items():
+        layouts.check(config, machine)
+        assert plan(config, machine).fits, name
+
+
+def test_worlds_on_many_nodes_have_layouts_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    ranks = {}
+    for words in (words for words in commands_of_the_page() if "megatron_mopd.worlds" in words):
+        world, _, *given = words[words.index("megatron_mopd.worlds") + 1 :]
+        option = {key: int(value) for key, _, value in (word.partition("=") for word in words) if value.isdecimal()}
+        ranks[world] = option["--nnodes"] * option["--nproc_per_node"]
+        overrides = command.parser().parse_intermixed_args([str(RECIPE), *given]).overrides
+        section = json.dumps(sections_of_the_page()[1]["worlds"])  # what the copy of the recipe has
+        recipe = load_recipe(RECIPE, [f"worlds={section}", *overrides])
+        assert recipe.worlds is not None and recipe.worlds.rollout.processes == option["--nproc_per_node"]
+        check_worlds(recipe, {world: ranks[world]})
+        assert configs(recipe)["mopd1"].parallel == configs(load(512))["mopd1"].parallel  # the training keeps its own
+    assert ranks.keys() == {"rollout", "scoring"}
 
 
 def test_what_the_page_names_exists() -> None:

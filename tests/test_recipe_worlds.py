@@ -10,17 +10,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from megatron_mopd import worlds
 from megatron_mopd.checkpoint_directory import read_manifest
+from megatron_mopd.config import ConfigurationError
 from megatron_mopd.metrics import read, untimed
 from megatron_mopd.recipe import __main__ as command
 from megatron_mopd.recipe import anew, beside, processes
-from megatron_mopd.recipe.schema import load_recipe
+from megatron_mopd.recipe.schema import SKIPPED, load_recipe
 
 WORLDS = {"asynchrony": {"mode": "worlds"}}
 SHOW = "import os; raise SystemExit(int(os.environ['CUDA_VISIBLE_DEVICES'].replace(',', '')))"
@@ -104,7 +109,8 @@ def test_the_command_starts_each_world_with_the_words_of_the_training(
     monkeypatch.setenv("MASTER_ADDR", "here")
     assert command.main([str(path)]) == 0
     *told, training = capsys.readouterr().out.splitlines()
-    assert len(told) == 2 and all("to be started beside this" in line for line in told) and "--nnodes=2" in training
+    assert len(told) == 2 and "--nnodes=2" in training
+    assert all("to be started beside this" in line and "once this has begun (with --from: " in line for line in told)
 
 
 def test_a_world_may_have_devices_of_its_own(tmp_path: Path) -> None:
@@ -114,6 +120,8 @@ def test_a_world_may_have_devices_of_its_own(tmp_path: Path) -> None:
     made = command._worlds(load_recipe(path, overrides), arguments, {})
     assert made["rollout"].environment == {"CUDA_VISIBLE_DEVICES": "4,5"} and made["scoring"].environment == {}
     assert made["rollout"].line.startswith(f"CUDA_VISIBLE_DEVICES=4,5 {sys.executable} -m torch.distributed.run ")
+    rollout, scoring = beside.by_hand(load_recipe(path, overrides), path, overrides, None)
+    assert rollout.startswith("CUDA_VISIBLE_DEVICES=4,5 torchrun ") and scoring.startswith("torchrun ")
     seen = processes.Command(words=[sys.executable, "-c", SHOW], environment={"CUDA_VISIBLE_DEVICES": "4,5"})
     assert processes.run(seen, {}) == 45
 
@@ -167,6 +175,53 @@ def test_no_world_joins_a_run_that_is_still_there(
     assert f"process {os.getpid()}" in capsys.readouterr().err
 
 
+# --------------------------------------------------------------------------- which stages a world serves
+
+LEADER: Any = SimpleNamespace(rank=0)
+
+
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What each look for a stage finds, of which there is one instead of many."""
+    found: list[str | None] = []
+    monkeypatch.setattr(worlds, "awaited", lambda groups, look, watches, pause: found.append(look()) or found[-1])
+    return found
+
+
+def test_a_stage_that_is_over_or_skipped_is_waited_for_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, found = load_recipe(write(tmp_path), []), looked(monkeypatch)
+    stage, directory = recipe.stage("mopd", ""), tmp_path / "runs" / "mopd"
+    directory.mkdir(parents=True)
+    for name, content in ((None, ""), ("stage.json", '{"finished": false}'), ("stage.json", '{"finished": true}')):
+        if name is not None:
+            (directory / name).write_text(content)
+        assert worlds._begun(recipe, stage, "rollout", LEADER) is None
+    (directory / "stage.json").write_text("{")
+    with pytest.raises(ConfigurationError, match=r"stage\.json: cannot be read: .*remove it and start the training"):
+        worlds._begun(recipe, stage, "rollout", LEADER)
+    (directory / "stage.json").unlink()
+    (directory / SKIPPED).write_text("{}")  # a warm-up that no teacher needed
+    assert worlds._begun(recipe, stage, "rollout", LEADER) is None
+    assert found == [None, None, "over", "over"]
+
+
+def test_a_stage_by_its_name_is_served_as_one_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, served = str(write(tmp_path)), []
+    monkeypatch.setattr(worlds, "reported", nullcontext)  # takes down this process's groups
+    monkeypatch.setattr(worlds, "serve", lambda recipe, world, stages: served.append([s.name for s in stages]))
+    asked = [["--stage", "again"], ["--until", "mopd"], []]
+    for words in asked:
+        monkeypatch.setattr(sys, "argv", ["worlds", "scoring", path, *words])
+        worlds.main()
+    assert served == [["again"], ["mopd"], ["mopd", "again"]]
+    wrong = {"--stage teacher": "stage teacher does not wait", "--until teacher": "no stage up to teacher waits"}
+    for words, message in wrong.items():
+        monkeypatch.setattr(sys, "argv", ["worlds", "scoring", path, *words.split()])
+        with pytest.raises(ConfigurationError, match=f"{message} for a scoring world: set asynchrony.mode = worlds"):
+            worlds.main()
+
+
 # --------------------------------------------------------------------------- programs that end together
 
 
@@ -199,6 +254,63 @@ def test_a_world_that_fails_with_the_training_is_not_blamed(capfd: pytest.Captur
     training = script("import time; time.sleep(1); raise SystemExit(4)")
     assert processes.run(training, {"rollout": script("raise SystemExit(5)")}) == 4
     assert "world ended" not in capfd.readouterr().out
+
+
+def started(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> list[subprocess.Popen[bytes]]:
+    """The programs that are started, in order; ``then`` is called with the number of each before the next."""
+    made, original = [], subprocess.Popen
+
+    def start(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        made.append(original(*args, **options))
+        then(len(made))
+        return made[-1]
+
+    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    return made
+
+
+def test_a_world_that_cannot_be_started_leaves_no_training_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = started(monkeypatch, lambda count: None)
+    worlds = {"rollout": script(SLEEP), "scoring": processes.Command(words=["/no/such/program"])}
+    with pytest.raises(FileNotFoundError):
+        processes.run(script(SLEEP), worlds)
+    assert len(made) == 2 and all(child.returncode == -signal.SIGTERM for child in made)
+
+
+def test_a_signal_while_programs_are_started_ends_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when the second runs and is not yet among those who are told of signals; the third never starts."""
+    made = started(monkeypatch, lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 2 else None)
+    worlds = {"rollout": script(SLEEP), "scoring": script(SLEEP)}
+    assert processes.run(script(SLEEP), worlds) == -signal.SIGTERM
+    assert len(made) == 2 and all(child.returncode == -signal.SIGTERM for child in made)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other kernel tells a child")
+def test_worlds_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    said = "import os, pathlib, time; pathlib.Path({!r}).write_text(str(os.getpid())); time.sleep(60)"
+    files = [tmp_path / name for name in ("training", "rollout")]
+    training, rollout = (script(said.format(str(file))) for file in files)
+    command = get_context("fork").Process(target=processes.run, args=(training, {"rollout": rollout}))
+    command.start()
+    wait_until(lambda: all(file.is_file() and file.read_text() for file in files))
+    command.kill()
+    command.join()
+    wait_until(lambda: not any(is_alive(int(file.read_text())) for file in files))
+
+
+def wait_until(done: Callable[[], bool], limit: float = 30.0) -> None:
+    deadline = time.monotonic() + limit
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(process: int) -> bool:
+    """A zombie, which nobody has asked for its end, is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 # --------------------------------------------------------------------------- the whole command
@@ -275,6 +387,11 @@ def test_a_stage_with_worlds_has_the_bits_of_the_inline_one_whatever_ends_it_on_
     finish(write(tmp_path / "inline"), *INLINE)
     expected = outcome(tmp_path / "inline" / "runs")
     path, runs = write(tmp_path / "worlds"), tmp_path / "worlds" / "runs"
+    running = start(path)  # killed when its worlds begin to wait for a stage of theirs
+    assert running.stdout is not None and any("stage mopd: waiting" in line for line in running.stdout)
+    running.kill()
+    running.wait()
+    wait_until(lambda: processes_of(path) == [], 60)
     ends = [(rank_of("rollout"), 2), (terminated, 4), (rank_of("training"), 6), (interrupted, 8)]
     for harm, step in ends:
         running = start(path)

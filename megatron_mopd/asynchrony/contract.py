@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,7 @@ def of_teachers(config: Config, teachers: provenance.Scorers) -> dict[str, Any]:
 def compare(exchange: Exchange, session: Session, own: Mapping[str, Any]) -> None:
     """Raise :class:`provenance.ProvenanceError` where this world's ``own`` side is not what training has."""
     where = exchange.root / "session.json"
-    for key, ours in own.items():
+    for key, ours in json.loads(json.dumps(own)).items():  # training's side is of a file, which has no tuples
         theirs = session.contract.get(key)
         if key == "teachers":
             provenance.check_manifest({key: theirs}, {key: ours}, where=str(where))

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mopd import checkpoint_directory, in_flight
+from megatron_mopd import checkpoint_directory, files, in_flight
 from megatron_mopd.asynchrony.signs import WorldError, unwritable
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.in_flight import Item
@@ -72,7 +72,9 @@ class Exchange:
     def session(self) -> Session | None:
         """The current one; None before the first."""
         file = self.root / "session.json"
-        return Session(**checkpoint_directory.read_json(file)) if file.is_file() else None
+        if not file.is_file():
+            return None
+        return Session(**checkpoint_directory.read_json(file, "start the training again, which writes it anew"))
 
     # ------------------------------------------------------------------ policies
 
@@ -124,11 +126,10 @@ class Exchange:
                     f"{target}: another process has written this batch: two worlds do the same work. End the processes"
                     " of one of them; a torchrun that was killed leaves its own behind"
                 ) from None
-            free = shutil.disk_usage(self.root).free
             raise WorldError(
-                f"{target}: the shard could not be written: {error}; {free:,} bytes are free there. Nothing of it is"
-                " left; make room or set asynchrony.directory to another place for all worlds, and start the same"
-                " command again"
+                f"{target}: the shard could not be written: {error}; {files.free(self.root)}. Nothing of it is left;"
+                " make room or set asynchrony.directory to another place for all worlds, and start the same command"
+                " again"
             ) from None
         return target
 
@@ -141,8 +142,8 @@ class Exchange:
         place."""
         path = self.place(session, kind, draw)
         way_out = (
-            "Start all worlds again with their own commands: training goes on behind its last checkpoint, what lies"
-            " here is cleared and made anew"
+            "Start the same command again (where worlds are started by hand: theirs too): training goes on behind its"
+            " last checkpoint, what lies here is cleared and made anew"
         )
         try:
             (batch,) = in_flight.unpack(path, way_out)

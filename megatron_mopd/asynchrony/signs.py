@@ -170,7 +170,8 @@ class Watch:
     @property
     def _way_out(self) -> str:
         return (
-            f"Look at its output, start it again with its own command, then this one (signs of life are in {self.path})"
+            "Look at its output, then start the same command again (where worlds are started by hand: it, then this"
+            f" one); signs of life are in {self.path}"
         )
 
     @staticmethod

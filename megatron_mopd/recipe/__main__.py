@@ -10,7 +10,7 @@ Worlds that draw and score for its stages (section worlds) are started beside th
 
 On several machines start it on each, with the variables of examples/launch.sh: NNODES, NODE_RANK, MASTER_ADDR,
 MASTER_PORT (29500) and MAX_RESTARTS (0: times torchrun starts all processes again after a failure). Under a torchrun of
-one's own it is one of its processes. DRY_RUN=1 prints the torchrun line and starts nothing.
+one's own it is one of its processes. DRY_RUN=1 prints the torchrun lines and starts nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_mopd import checkpoint_directory, display
 from megatron_mopd.config import ConfigurationError
 from megatron_mopd.recipe import anew, beside, processes
 from megatron_mopd.recipe.schema import Recipe, is_skipped, load_recipe, stage_config
-from megatron_mopd.recipe.words import Parser
+from megatron_mopd.recipe.words import Command, Parser
 
 PORT = "29500"
 
@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
         line = torchrun_line(recipe, arguments, os.environ)
         worlds = _worlds(recipe, arguments, os.environ)
         if os.environ.get("DRY_RUN") == "1":
-            for command in (processes.Command(words=line), *worlds.values()):
+            for command in (Command(words=line), *worlds.values()):
                 display.note(0, command.line)
             return 0
         if arguments.anew is not None and os.environ.get("NODE_RANK", "0") == "0":
@@ -69,7 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    status = processes.run(processes.Command(words=line), worlds)
+    status = processes.run(Command(words=line), worlds)
     if status:
         sys.stderr.write(f"{what_is_safe(recipe, status, _again(words))}\n")
     return status if status >= 0 else 128 - status
@@ -99,9 +99,7 @@ def torchrun_line(recipe: Recipe, arguments: argparse.Namespace, environment: Ma
     return line + (["--until", arguments.until] if arguments.until is not None else [])
 
 
-def _worlds(
-    recipe: Recipe, arguments: argparse.Namespace, environment: Mapping[str, str]
-) -> dict[str, processes.Command]:
+def _worlds(recipe: Recipe, arguments: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Command]:
     """World -> the command that starts it beside the training; of several machines the user says which has them."""
     given = (recipe, arguments.recipe, arguments.overrides, arguments.until)
     if environment.get("NNODES", "1") != "1":
@@ -109,21 +107,18 @@ def _worlds(
             _tell_of_worlds(*given)
         return {}
     beside.require_section(*given)
-    commands = {}
-    for name, words in beside.words(*given).items():
-        world = beside.section(recipe, name)
-        assert world is not None, "beside.check has seen it"
-        line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world.processes}", "--standalone"]
-        line.append(f"--max_restarts={environment.get('MAX_RESTARTS', '0')}")
-        seen = {} if world.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, world.devices))}
-        commands[name] = processes.Command(words=[*line, *words], environment=seen)
-    return commands
+    restarts = f"--max_restarts={environment.get('MAX_RESTARTS', '0')}"
+    return beside.commands(*given, torchrun=[sys.executable, "-m", "torch.distributed.run", restarts])
 
 
 def _tell_of_worlds(recipe: Recipe, file: Path, overrides: Sequence[str], until: str | None) -> None:
     """Name the commands that nobody but the user can start."""
     for line in beside.by_hand(recipe, file, overrides, until):
-        display.note(0, f"to be started beside this, where its devices are: {line}")
+        display.note(
+            0,
+            "to be started beside this, where its devices are, once this has begun (with --from: once it has moved its"
+            f" stages away, which a world would take for finished): {line}",
+        )
 
 
 def what_is_safe(recipe: Recipe, status: int, again: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.recipe.schema import Recipe, Stage, World, stage_config
+from megatron_mopd.recipe.words import Command
 
 ROLLOUT, SCORING = "rollout", "scoring"
 _SECTION = "worlds: {rollout: {processes: 1}, scoring: {processes: 1}}"
@@ -55,24 +56,31 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def words(recipe: Recipe, file: Path, overrides: Sequence[str], until: str | None) -> dict[str, list[str]]:
-    """World -> what follows torchrun's own options, for each world that a stage up to ``until`` wants."""
+def commands(
+    recipe: Recipe,
+    file: Path,
+    overrides: Sequence[str],
+    until: str | None,
+    torchrun: Sequence[str] = ("torchrun",),
+) -> dict[str, Command]:
+    """World -> what starts it on one machine, for each that a stage up to ``until`` wants; of N processes where the
+    recipe does not say of how many. Its first words are those of ``torchrun``."""
     given = [str(file), *overrides, *(["--until", until] if until is not None else [])]
-    return {
-        world: ["-m", "megatron_mopd.worlds", world, *given]
-        for world in (ROLLOUT, SCORING)
-        if served(recipe, world, until)
-    }
+    made = {}
+    for world in (world for world in (ROLLOUT, SCORING) if served(recipe, world, until)):
+        found = section(recipe, world)
+        options = [f"--nproc_per_node={'N' if found is None else found.processes}", "--standalone"]
+        devices = None if found is None else found.devices
+        made[world] = Command(
+            words=[*torchrun, *options, "-m", "megatron_mopd.worlds", world, *given],
+            environment={} if devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))},
+        )
+    return made
 
 
 def by_hand(recipe: Recipe, file: Path, overrides: Sequence[str], until: str | None) -> list[str]:
     """The command lines that start the worlds where the recipe's command does not."""
-    lines = []
-    for world, line in words(recipe, file, overrides, until).items():
-        found = section(recipe, world)
-        count = "N" if found is None else str(found.processes)
-        lines.append(f"torchrun --standalone --nproc_per_node={count} {shlex.join(line)}")
-    return lines
+    return [command.line for command in commands(recipe, file, overrides, until).values()]
 
 
 def require_section(recipe: Recipe, file: Path, overrides: Sequence[str], until: str | None) -> None:

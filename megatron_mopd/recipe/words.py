@@ -1,8 +1,24 @@
-"""The words of a command line on a recipe, which may stand in a file."""
+"""The words of command lines on a recipe, which may stand in a file, and of those that it starts."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A program to start."""
+
+    words: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)  # over that of this process
+
+    @property
+    def line(self) -> str:
+        """As one would type it."""
+        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), shlex.join(self.words)])
 
 
 class Parser(argparse.ArgumentParser):
