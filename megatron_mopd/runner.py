@@ -20,7 +20,17 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_mopd import checkpoint, display, exchange, origins, parallel, presets, recipe_report, run_record
+from megatron_mopd import (
+    checkpoint,
+    checkpoint_directory,
+    display,
+    exchange,
+    origins,
+    parallel,
+    presets,
+    recipe_report,
+    run_record,
+)
 from megatron_mopd.config import Config, ConfigurationError
 from megatron_mopd.parallel import Groups
 from megatron_mopd.pattern import without_borders
@@ -106,7 +116,8 @@ def _once(config: Config, fingerprint: str, groups: Groups, title: str, work: Ca
     """Do ``work`` unless ``config.run.dir`` says it is done; whether it was done now."""
     marker = config.run.dir / "stage.json"
     run_record.check_start(config, f"stage {title!r}: ")
-    known = json.loads(marker.read_text()) if marker.exists() else None
+    way_out = "move the directory away (the recipe's command does so with --from STAGE) to run the stage anew"
+    known = checkpoint_directory.read_json(marker, way_out) if marker.exists() else None
     if known is not None and known["fingerprint"] != fingerprint:
         raise ConfigurationError(
             f"stage {title!r}: {config.run.dir} holds a run with other settings, start or teachers"

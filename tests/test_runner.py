@@ -137,6 +137,12 @@ def test_a_stopped_stage_goes_on_only_under_its_own_settings(groups: Groups, tmp
             runner.run(recipe, groups)
     with pytest.raises(ConfigurationError, match=r"stage 'base'.*other settings"):
         run(path, groups, "optimizer.lr=0.5")
+    marker = recipe.dir / "base" / "stage.json"
+    whole = marker.read_text()
+    marker.write_text(whole[:-9])
+    with pytest.raises(ConfigurationError, match=r"base/stage.json: cannot be read: .*; move the directory away"):
+        run(path, groups)
+    marker.write_text(whole)
     assert set(stamps(run(path, groups).dir)) == {"base", "expert", "merge"}
 
 
