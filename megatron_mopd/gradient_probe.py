@@ -6,7 +6,8 @@ were drawn, as if they were new: the advantage is against pi_behav, and no ratio
 
 All are taken at the same weights, those of the newer policy, from rollouts of the older one. The on-policy gradient
 they are held against is drawn by the newer policy under other noise, so that no form gains from having drawn the very
-same tokens; the cosine of two such on-policy gradients is the most that any can reach.
+same tokens; at the same weights, the cosine of two such on-policy gradients is the most that any can be expected to
+reach.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ at lag n the rollouts of a step are n steps old. Runs are trained in two forms: 
 it, *uncorrected* learns from every rollout as if it were new. Beside recovery it measures, in the middle of each
 corrected run, the cosine of each form's gradient to the on-policy gradient, of ``--probe`` sequences each, and that of
 *recomputed*, which takes from Eq. 3 the advantage alone; megatron_mopd.gradient_probe says how. At lag 0 the cosine is
-that of two on-policy gradients, the most that any form can reach with so many sequences.
+that of two on-policy gradients: how much of it is noise.
 
 What age costs is decided by how far the policy moves meanwhile, so by ``--lr``. At its default eight steps leave nearly
 every token within IcePop's bounds; where they do not, the mask takes away just the tokens that move the most, and

@@ -231,9 +231,10 @@ def _staleness(tree: Mapping[str, Any]) -> list[str]:
         return []
     settings, rows = tree["staleness"]["settings"], tree["staleness"]["rows"]
     said = (
-        f"Runs of {short_runs(settings)}; cosines of gradients from {settings['probe']:,} sequences. *corrected* is Eq."
-        " 3; *recomputed* takes from it the advantage alone; *uncorrected* learns from every rollout as if it were new."
-        " Two on-policy gradients have the cosine of lag 0, so no form can be expected above it."
+        f"Runs of {short_runs(settings)}; cosines of gradients from {settings['probe']:,} sequences, with their range"
+        " over seeds. *corrected* is Eq. 3; *recomputed* takes from it the advantage alone; *uncorrected* learns from"
+        " every rollout as if it were new. The forms of a lag are compared at the same weights, those of different lags"
+        " at different ones; at lag 0 the cosine is that of two on-policy gradients."
     )
     headings = ["lag, steps", "form", "recovery, %", "cosine to the on-policy gradient", "seeds"]
     return ["## Staleness", said, table(headings, [stale(row) for row in rows])]
@@ -251,7 +252,9 @@ def stale(row: Mapping[str, Any]) -> list[str]:
     """Lag, form, recovery, cosine and number of seeds."""
     recovery = "not trained" if row["recovery"] is None else valued(row["recovery"], ".1f", 100)
     form = row["form"] if row["lag"] else "on-policy"
-    return [str(row["lag"]), form, recovery, valued(row["cosine"], ".3f"), str(len(row["seeds"]))]
+    cosines = row["cosine"]["values"]
+    cosine = f"{row['cosine']['value']:.2f} ({min(cosines):.2f} to {max(cosines):.2f})"
+    return [str(row["lag"]), form, recovery, cosine, str(len(row["seeds"]))]
 
 
 def _stages(tree: Mapping[str, Any]) -> list[str]:
