@@ -13,6 +13,7 @@ import gc
 import importlib
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class RankPool:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None  # leads the process group of the ranks
         self._connections: list[Connection] = []
+        self._folder = Path()  # of the socket and of the calls' stores
         self._calls = 0
 
     def __call__(self, world: int, function: FunctionType, *args: Any) -> list[Any]:
@@ -60,11 +62,12 @@ class RankPool:
         if self._process is None:
             self._start()
         self._calls += 1
-        with tempfile.TemporaryDirectory(prefix="mopd-ranks-") as folder:
-            call = (str(Path(folder) / "store"), world, _reference(function), args)
-            for connection in self._connections[:world]:
-                connection.send_bytes(pickle.dumps(call))
-            return self._collect(world, function.__name__)
+        # A rank leaves its group after it has answered and looks for the store then, for long where it is gone; so
+        # stores stay as long as the ranks.
+        call = (str(self._folder / f"store{self._calls}"), world, _reference(function), args)
+        for connection in self._connections[:world]:
+            connection.send_bytes(pickle.dumps(call))
+        return self._collect(world, function.__name__)
 
     def _collect(self, world: int, name: str) -> list[Any]:
         results: dict[int, Any] = {}
@@ -94,10 +97,8 @@ class RankPool:
             "PYTHONWARNINGS": "ignore",
             "MOPD_POOL_KEY": key.hex(),
         }
-        with (
-            tempfile.TemporaryDirectory(prefix="mopd-pool-") as folder,
-            Listener(str(Path(folder) / "socket"), authkey=key) as listener,
-        ):
+        self._folder = Path(tempfile.mkdtemp(prefix="mopd-pool-"))
+        with Listener(str(self._folder / "socket"), authkey=key) as listener:
             listener._listener._socket.settimeout(START_TIMEOUT)  # type: ignore[attr-defined]
             command = [sys.executable, __file__, str(listener.address)]
             self._process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -115,6 +116,7 @@ class RankPool:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            shutil.rmtree(self._folder)
         self._process, self._connections = None, []
 
 
@@ -222,6 +224,7 @@ def _serve(address: str, rank: int) -> None:
             store, world, (where, name), args = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        faulthandler.dump_traceback_later(0.9 * CALL_TIMEOUT)  # where a hanging rank hangs
         try:
             dist.init_process_group(
                 "gloo",
@@ -230,7 +233,6 @@ def _serve(address: str, rank: int) -> None:
                 world_size=world,
                 timeout=timedelta(seconds=CALL_TIMEOUT),
             )
-            faulthandler.dump_traceback_later(0.9 * CALL_TIMEOUT)  # where a hanging rank hangs
             dist.barrier()  # nobody takes the group down while another still connects
             value = getattr(_load(where, known), name)(*args)
             dist.barrier()
