@@ -12,11 +12,10 @@ import pytest
 import torch
 from small_stages import stage, taught, teach
 
-from megatron_mopd import in_flight, metrics, parallel, shards
+from megatron_mopd import batch, in_flight, metrics, parallel, shards
 from megatron_mopd.config import ConfigurationError, build_config
 from megatron_mopd.parallel import Groups
 from megatron_mopd.records import (
-    MicroBatch,
     Policy,
     Prompt,
     Provenance,
@@ -109,7 +108,7 @@ def test_a_shard_holds_the_global_batch_with_its_provenance(
     for same, headers, batches, rows in answers:
         assert same and [header["step"] for header in headers] == [1, 2] and len(batches[0]) == 12
         assert (headers, batches) == (answers[0][1], answers[0][2])
-        for header, batch, row in zip(headers, batches, rows, strict=True):
+        for header, scored, row in zip(headers, batches, rows, strict=True):
             start = json.loads((root / "first" / "checkpoints" / "iter_0000001" / "mopd_manifest.json").read_text())
             assert header["policy"] == {
                 "run_id": name,
@@ -121,9 +120,9 @@ def test_a_shard_holds_the_global_batch_with_its_provenance(
             assert header["metrics"] == {
                 k: pytest.approx(v, nan_ok=True) for k, v in metrics.untimed(row).items() if "guard/" not in k
             }
-            assert {(entry[2], entry[3]) for entry in batch} <= {("plain", "first"), ("loud", "second")}
-            assert all(entry[4] == header["teachers"][entry[3]]["checkpoint_id"] for entry in batch)
-            assert [entry[1] for entry in batch] == [0, 1] * 6
+            assert {(entry[2], entry[3]) for entry in scored} <= {("plain", "first"), ("loud", "second")}
+            assert all(entry[4] == header["teachers"][entry[3]]["checkpoint_id"] for entry in scored)
+            assert [entry[1] for entry in scored] == [0, 1] * 6
     # Rollouts, order and ids do not depend on the layout: those of the first step are drawn by the same weights.
     plain = ranks(1, run_and_read, root, mopd, f"{name}-alone", {"objective": {"type": "mopd", "minibatches": 2}})[0]
     assert plain[2] == answers[0][2]
@@ -167,16 +166,7 @@ def example(domain: str = "plain", n: int = 3, sample: int = 0, dropped: str | N
 
 def output(*values: tuple[list[float], list[float]]) -> StepOutput:
     """An update that gave these importances and masks, one micro-batch each."""
-    empty = MicroBatch(
-        tokens=torch.zeros(1, 1, dtype=torch.int64),
-        lengths=torch.zeros(1, dtype=torch.int64),
-        rows=torch.empty(0, dtype=torch.int64),
-        targets=torch.empty(0, dtype=torch.int64),
-        cu_seqlens=torch.zeros(2, dtype=torch.int64),
-        domains=("",),
-        domain_weight=torch.empty(0),
-    )
-    pairs = [(empty, {"importance": torch.tensor(c), "mask": torch.tensor(m)}) for c, m in values]
+    pairs = [(batch.empty(0), {"importance": torch.tensor(c), "mask": torch.tensor(m)}) for c, m in values]
     return StepOutput(loss=0.0, mtp_loss=0.0, grad_norm=0.0, mtp_grad_norm=0.0, lr=0.0, per_token=pairs)
 
 
