@@ -14,6 +14,12 @@ NVFP4_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
+# The tools of the ablations take settings; which stages are run anew, or not yet, is said to `make recipe`.
+ifneq (,$(filter recipe-ablations,$(MAKECMDGOALS)))
+ifneq (,$(filter --from% --until%,$(RECIPE_ARGS)))
+$(error recipe-ablations takes settings alone in RECIPE_ARGS = $(RECIPE_ARGS); run "make recipe" with --from or --until first)
+endif
+endif
 .PHONY: help install lint test test-slow controls demo recipe recipe-ablations bench bench-kernels nvfp4-training lock clean
 
 help: ## this list

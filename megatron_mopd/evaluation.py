@@ -78,13 +78,17 @@ def counted(answered: Mapping[str, str]) -> dict[str, Accuracy]:
 def result(answered: Mapping[str, str], prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What a stage leaves of its answers, as JSON values: ``accuracy``, ``answers`` and ``prompts``.
 
-    ``prompts`` is ``{domain: sha256 of the prompt ids in order}``: answers of two stages are paired where it is equal.
+    ``prompts`` is what was :func:`asked`: answers of two stages are paired where it is equal.
     """
-    asked = {
-        domain: hashlib.sha256("\n".join(p.id for p in prompts if p.domain == domain).encode()).hexdigest()
-        for domain in answered
-    }
-    return {"accuracy": to_json(counted(answered)), "answers": dict(answered), "prompts": asked}
+    return {"accuracy": to_json(counted(answered)), "answers": dict(answered), "prompts": asked(prompts)}
+
+
+def asked(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """``{domain: sha256 of the prompt ids in order}``, domains sorted."""
+    ids: dict[str, list[str]] = {}
+    for prompt in prompts:
+        ids.setdefault(prompt.domain, []).append(prompt.id)
+    return {domain: hashlib.sha256("\n".join(ids[domain]).encode()).hexdigest() for domain in sorted(ids)}
 
 
 def right(rollout: Rollout, tokenizer: ChatTokenizer) -> bool:

@@ -13,7 +13,8 @@ from megatron_mopd.report import Divergence, Example, Report
 
 
 def build(directory: Path, stages: Sequence[str], config: Config) -> Report:
-    """The report on the last of ``stages`` in ``directory``, whose teachers are stages of the same recipe.
+    """The report on the last of ``stages`` in ``directory``, whose teachers are stages of the same recipe or came as
+    checkpoints.
 
     ``wall_s`` is the time of all stages together, whenever each of them ran.
     """
@@ -26,7 +27,7 @@ def build(directory: Path, stages: Sequence[str], config: Config) -> Report:
         teacher_of=teacher_of,
         before=evaluation.from_json(before["accuracy"]),
         after=evaluation.from_json(after["accuracy"]),
-        teachers={t: evaluation.from_json(_read(directory / t / "result.json")["accuracy"]) for t in config.teachers},
+        teachers={t: evaluation.from_json(_teacher(directory, stages, t, before)["accuracy"]) for t in config.teachers},
         reverse_kl={
             teacher: {d: Divergence(before=kl, after=after["reverse_kl"][teacher][d]) for d, kl in row.items()}
             for teacher, row in before["reverse_kl"].items()
@@ -62,6 +63,11 @@ def publish(directory: Path, stages: Sequence[str], config: Config) -> Report:
     report_files.write(made, directory)
     screen.show(made)
     return made
+
+
+def _teacher(directory: Path, stages: Sequence[str], name: str, before: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stage's result has the accuracy in all domains; of a checkpoint that in the domains it teaches is known."""
+    return _read(directory / name / "result.json") if name in stages else before["teachers"].get(name, {"accuracy": {}})
 
 
 def _read(path: Path) -> Mapping[str, Any]:

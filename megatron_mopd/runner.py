@@ -284,11 +284,6 @@ def _publish(recipe: Recipe, configs: Mapping[str, Config], last: Config) -> Non
     """The report by roles, or on the last stage where the recipe names no roles."""
     if recipe.report is not None:
         report.publish(recipe, configs)
-    elif outside := sorted(last.teachers.keys() - set(recipe.names)):
-        display.note(
-            0,
-            f"no report on recovery: {', '.join(outside)} came as checkpoints and no stage measured their accuracy",
-        )
     elif last.teachers and last.data.held_out:
         recipe_report.publish(recipe.dir, recipe.names, last)
 

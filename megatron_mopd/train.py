@@ -66,8 +66,8 @@ def run_stage(config: Config, groups: Groups, objective: LogprobLoss | None = No
 
     ``before.json`` and ``result.json`` hold :meth:`Trainer.measure` before the first and after the last step and the
     seconds it took (of a stage that boosts MTP heads, :meth:`Trainer.measure_acceptance`, and both after it), the
-    second also the evaluations on the way, the wall time, the peak of memory (of the last process of a stage that was
-    stopped), the layout, the seed and the packages' versions.
+    first also :meth:`Trainer.measure_goals`, the second the evaluations on the way, the wall time, the peak of memory
+    (of the last process of a stage that was stopped), the layout, the seed and the packages' versions.
     """
     peak_memory.restart(groups.device)
     trainer = _trained(config, groups, objective, title)
@@ -121,7 +121,9 @@ def _measured(trainer: Trainer, before: bool = False) -> dict[str, Any]:
     if not before or trainer.teachers is not None:
         measured |= trainer.measure(trainer.config.evaluation.final_samples)
     measured |= trainer.measure_acceptance()  # of a stage that boosts MTP heads, which has no teachers
-    if not before:
+    if before:
+        measured |= trainer.measure_goals(trainer.config.evaluation.final_samples)
+    else:
         measured |= trainer.measure_teachers(trainer.config.evaluation.samples)
     return measured | {"measure_s": time.perf_counter() - start} if measured else {}
 

@@ -25,6 +25,7 @@ from megatron_mopd import (
     shards,
     sources,
     student,
+    teacher_accuracy,
     teacher_precision,
 )
 from megatron_mopd.asynchrony.build import feed_of
@@ -278,6 +279,14 @@ class Trainer:
             self.policy,
             self.config.evaluation.batch_size,
         )
+
+    def measure_goals(self, samples: int) -> dict[str, Any]:
+        """``teachers``: what those that score this stage's rollouts answer themselves to ``samples`` held-out prompts
+        per domain, see :func:`teacher_accuracy.measure`; JSON values, empty for a stage without such."""
+        if self.teachers is None or not isinstance(self.source, RolloutSource):
+            return {}
+        prompts = evaluation.held_out(self.held_out, samples)
+        return {"teachers": teacher_accuracy.measure(self.teachers, prompts, self.config, self.tokenizer)}
 
     def measure_acceptance(self) -> dict[str, Any]:
         """What speculative decoding accepts, where the stage boosts the MTP heads; see :func:`acceptance.measure`."""

@@ -114,6 +114,40 @@ def test_without_warm_up_the_same_iteration_starts_from_the_student(
     assert "student was checkpoint weights of s" in ablations.foreign(made, written)
 
 
+def test_a_warm_up_to_a_teacher_that_came_as_a_checkpoint_is_weighed(
+    tool: ModuleType, tmp_path: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are those that it gave to the recipe's own iteration."""
+    made = recipe(tmp_path)
+    outside = {"far_teacher": {"checkpoint": "elsewhere", "domains": ["far"]}}
+
+    def from_outside(stage: Any) -> Any:
+        kept = {name: domains for name, domains in stage.teachers.items() if name != "far_teacher"}
+        settings = stage.settings | ({"teachers": outside} if stage.teachers else {})
+        return stage.model_copy(update={"teachers": kept, "settings": settings})
+
+    stages = [from_outside(stage) for stage in made.stages if stage.name != "far_teacher"]
+    made = made.model_copy(update={"stages": stages})
+    decide(made, near="go", far="warm_up")
+    for name, far in (("student", "0001"), ("mopd1", "0111"), ("near_teacher", "0000")):
+        leave(made, name, answered(far, stage=name))
+    with pytest.raises(ConfigurationError, match=r"mopd1/before\.json: missing"):
+        tool.warm_up(made, groups, Namespace())
+    leave(made, "mopd1", {"teachers": {"far_teacher": answered("1101")}}, "before.json")
+
+    def train(config: Any, groups: Groups, title: str) -> None:
+        config.run.dir.mkdir(parents=True)
+        (config.run.dir / "result.json").write_text(json.dumps(answered("0011")))
+
+    monkeypatch.setattr(tool, "run_unless_finished", train)
+    monkeypatch.setattr(tool.origins, "resolved", lambda config: config)
+    tool.warm_up(made, groups, Namespace())
+    written = json.loads((tmp_path / "ablations" / "warm_up.json").read_text())
+    answers = {"before": "0001", "without": "0011", "with": "0111", "teacher": "1101"}
+    assert written["domains"] == {"far": {"teacher": "far_teacher", "answers": answers}}
+    assert set(written["weights"]) == {"student", "mopd1", "near_teacher"}
+
+
 def test_nothing_is_compared_where_no_teacher_needed_the_warm_up(
     tool: ModuleType, tmp_path: Path, groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,26 +192,6 @@ def test_boosting_runs_with_further_seeds_and_counts_the_recipes_own(
         (44, 45.5),
     ]
     assert [list(run["weights"]) for run in runs] == [["mopd1", "boosted"], ["mopd1"], ["mopd1"]]
-
-
-def test_an_external_teacher_is_left_out_by_name(
-    tool: ModuleType, tmp_path: Path, groups: Groups, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = recipe(tmp_path)
-    outside = {"far_teacher": {"checkpoint": "elsewhere", "domains": ["far"]}}
-
-    def from_outside(stage: Any) -> Any:
-        kept = {name: domains for name, domains in stage.teachers.items() if name != "far_teacher"}
-        settings = stage.settings | ({"teachers": outside} if stage.teachers else {})
-        return stage.model_copy(update={"teachers": kept, "settings": settings})
-
-    stages = [from_outside(stage) for stage in made.stages if stage.name != "far_teacher"]
-    made = made.model_copy(update={"stages": stages})
-    decide(made, near="go", far="warm_up")
-    tool.warm_up(made, groups, Namespace())
-    said = capsys.readouterr().out
-    assert "far_teacher came as checkpoints, whose accuracy no stage measures" in said and "none to weigh" in said
-    assert not (tmp_path / "ablations").exists()
 
 
 def test_lengths_that_nobody_could_measure_are_shown_as_such(

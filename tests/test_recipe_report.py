@@ -546,7 +546,8 @@ def test_ablations_of_other_weights_are_not_shown(finished: Recipe, monkeypatch:
 
 
 def test_a_teacher_that_came_as_a_checkpoint_is_a_teacher(tmp_path: Path) -> None:
-    """Its domain is distilled, its overlap is shown; its accuracy, and so the recovery, are said to be not measured."""
+    """Its domain is distilled, its overlap is shown, and its accuracy is what it answered to the last iteration that
+    has it; until one is finished that is missing."""
     recipe = a_recipe(tmp_path / "recipe")
     entry = {"reverser": {"checkpoint": "elsewhere/reverser", "domains": ["reverse"]}}
 
@@ -562,19 +563,34 @@ def test_a_teacher_that_came_as_a_checkpoint_is_a_teacher(tmp_path: Path) -> Non
     tree = report.publish(recipe, {stage.name: stage_config(recipe, stage) for stage in recipe.stages})
     assert set(tree["distilled"]) == set(DISTILLED) and set(tree["undistilled"]) == set(OTHERS)
     row = tree["distilled"]["reverse"]
-    assert row["external"] and row["cells"]["teacher"] is None and row["recovery"] is None
-    assert row["change"]["rate"] == pytest.approx(0.5) and not tree["distilled"]["order"]["external"]
+    assert row["cells"]["teacher"] is None and row["recovery"] is None
+    assert row["change"]["rate"] == pytest.approx(0.5)
     assert tree["overlap"]["reverse"]["before"]["teacher"] == "reverser"
     assert "reverser" in next(row for row in tree["stages"] if row["stage"] == "mopd1")["teachers"]
     (promise,) = (p for p in tree["promises"] if p["name"] == "recovery")
     assert promise["status"] == "not measured" and len(promise["cases"]) == 3
-    assert promise["absent"] == "accuracy of the teacher not measured: reverse"
-    lost = "accuracy of teacher reverser: it came as a checkpoint and no stage measured it, so there is no recovery in"
-    assert f"{lost} reverse" in tree["missing"]
-    shown = (recipe.dir / "report.md").read_text()
-    assert (
-        "| external, not measured (reverser) | not measured | +50.0 [" in shown and "No recovery in reverse:" in shown
-    )
+    assert promise["absent"] == "missing: reverse"
+    lost = "accuracy of teacher reverser: it came as a checkpoint, and no finished iteration had it answer"
+    assert any(missing.startswith(lost) for missing in tree["missing"])
+    assert "| (reverser) |  | +50.0 [" in (recipe.dir / "report.md").read_text()
+    for iteration, domain_rates in (("mopd1", RATES | {"reverser": (0.5,) * 6}), ("mopd2", RATES)):
+        answers = {
+            name: {"reverse": value["reverse"]}
+            for name, value in measured("reverser", domain_rates).items()
+            if name != "measure_s"
+        }
+        before = json.loads((recipe.dir / iteration / "before.json").read_text())
+        leave(recipe.dir / iteration / "before.json", before | {"teachers": {"reverser": answers}})
+    tree = report.publish(recipe, {stage.name: stage_config(recipe, stage) for stage in recipe.stages})
+    row = tree["distilled"]["reverse"]
+    assert row["cells"]["teacher"]["rate"] == pytest.approx(0.98) and not row["refreshed"]
+    assert row["recovery"]["value"] == pytest.approx((0.96 - 0.46) / (0.98 - 0.46))
+    assert next(p for p in tree["promises"] if p["name"] == "recovery")["status"] == "held"
+    assert "98.0% [96.9, 98.7] (reverser) | **96.2%" in (recipe.dir / "report.md").read_text()
+    answers["prompts"] = {"reverse": "others"}
+    leave(recipe.dir / "mopd2" / "before.json", before | {"teachers": {"reverser": answers}})
+    with pytest.raises(ConfigurationError, match="answered different held-out prompts of domain 'reverse'"):
+        outcomes.load(recipe, {stage.name: stage_config(recipe, stage) for stage in recipe.stages})
 
 
 def test_a_note_on_a_domain_that_nobody_measured_is_missed(finished: Recipe) -> None:

@@ -20,6 +20,7 @@ import yaml
 
 from megatron_mopd import answering, evaluation, runner
 from megatron_mopd.config import Config, ConfigurationError
+from megatron_mopd.files import WriteError
 from megatron_mopd.parallel import Groups
 from megatron_mopd.recipe import __main__ as command
 from megatron_mopd.recipe import anew, graph, quantize, report, schema
@@ -422,6 +423,21 @@ def test_from_keeps_what_was_there_and_runs_what_depends_on_it(fakes: Fakes, gro
     assert sorted(p.name for p in (recipe.dir / "set_aside").iterdir()) == ["1", "2"]
     with pytest.raises(ConfigurationError, match=r"--from: no stage is named 'fra'; did you mean 'far'"):
         anew.set_aside(recipe, "fra")
+
+
+def test_a_directory_that_cannot_be_written_is_named(
+    fakes: Fakes, groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "recipe.yaml")
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"file/runs/recipe\.lock: the lock of the recipe's dir .*: Not a directory"):
+        runner.carry_out(load_recipe(path, [f"dir={tmp_path / 'file' / 'runs'}"]))
+    run(path, groups)
+    (tmp_path / "runs" / "set_aside").touch()
+    monkeypatch.delenv("RANK", raising=False)
+    assert command.main([str(path), "--from", "far"]) == 2
+    assert "set_aside: what is set aside could not be written: File exists" in capsys.readouterr().err
+    assert fakes.again() == ALL and (tmp_path / "runs" / "far" / "result.json").is_file()
 
 
 def begin_together(path: Path) -> tuple[bool, bool]:

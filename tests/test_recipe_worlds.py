@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from scripts import LIMIT, end_of, finish, recipe_command
 
 from megatron_mopd import worlds
 from megatron_mopd.checkpoint_directory import read_manifest
@@ -30,7 +31,6 @@ from megatron_mopd.recipe.schema import SKIPPED, load_recipe
 WORLDS = {"asynchrony": {"mode": "worlds"}}
 SHOW = "import os; raise SystemExit(int(os.environ['CUDA_VISIBLE_DEVICES'].replace(',', '')))"
 INLINE = ("mopd:asynchrony.mode=inline", "again:asynchrony.mode=inline", "worlds=null")
-LIMIT = 400.0
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -316,34 +316,6 @@ def is_alive(process: int) -> bool:
 # --------------------------------------------------------------------------- the whole command
 
 
-def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_mopd.recipe", str(path), *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-
-
-def end_of(running: subprocess.Popen[str]) -> str:
-    try:
-        return running.communicate(timeout=LIMIT)[0]
-    finally:
-        if running.poll() is None:
-            running.terminate()
-            running.wait()
-
-
-def finish(path: Path, *overrides: str) -> str:
-    made = start(path, *overrides)
-    said = end_of(made)
-    assert made.returncode == 0, said[-4000:]
-    return said
-
-
 def processes_of(path: Path) -> list[int]:
     """Everything that still works for the recipe."""
     found = []
@@ -387,14 +359,14 @@ def test_a_stage_with_worlds_has_the_bits_of_the_inline_one_whatever_ends_it_on_
     finish(write(tmp_path / "inline"), *INLINE)
     expected = outcome(tmp_path / "inline" / "runs")
     path, runs = write(tmp_path / "worlds"), tmp_path / "worlds" / "runs"
-    running = start(path)  # killed when its worlds begin to wait for a stage of theirs
+    running = recipe_command(path)  # killed when its worlds begin to wait for a stage of theirs
     assert running.stdout is not None and any("stage mopd: waiting" in line for line in running.stdout)
     running.kill()
     running.wait()
     wait_until(lambda: processes_of(path) == [], 60)
     ends = [(rank_of("rollout"), 2), (terminated, 4), (rank_of("training"), 6), (interrupted, 8)]
     for harm, step in ends:
-        running = start(path)
+        running = recipe_command(path)
         try:
             deadline = time.monotonic() + LIMIT
             while not (runs / "mopd" / "checkpoints" / f"iter_{step:07d}").is_dir():

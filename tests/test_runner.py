@@ -84,6 +84,21 @@ def test_a_recipe_runs_once_and_ends_in_a_report(groups: Groups, tmp_path: Path)
     assert stamps(recipe.dir) == first
 
 
+def test_a_report_without_roles_knows_teachers_that_came_as_checkpoints(groups: Groups, tmp_path: Path) -> None:
+    made = run(write_recipe(tmp_path / "first.yaml"), groups)
+    path = tmp_path / "recipe.yaml"
+    base, _, merge = (stage.model_dump(exclude_defaults=True) for stage in made.stages)
+    domains = merge.pop("teachers")["expert"]
+    merge["settings"]["teachers"] = {"friend": {"checkpoint": str(made.dir / "expert/checkpoints"), "domains": domains}}
+    given = runner.load_recipe(write_recipe(path, dir=str(tmp_path / "other"), stages=[base, merge]), [])
+    runner.carry_out(given)
+    first = recipe_report.build(made.dir, ["base", "expert", "merge"], runner.stage_config(made, made.stages[-1]))
+    again = recipe_report.build(given.dir, ["base", "merge"], runner.stage_config(given, given.stages[-1]))
+    assert again.teachers["friend"] == first.teachers["expert"] and set(again.teachers["friend"]) == set(domains)
+    tree = json.loads((given.dir / "report.json").read_text())
+    assert {d: row["samples"] for d, row in tree["domains"].items()} == dict.fromkeys(domains, 4)
+
+
 def test_the_report_says_what_teachers_in_nvfp4_cost_and_save(groups: Groups, tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "recipe.yaml")
     recipe = run(path, groups, "merge:teachers.expert.nvfp4=[output_weight, experts, hidden]")

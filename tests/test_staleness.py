@@ -164,7 +164,7 @@ def test_runs_of_a_recipe_leave_what_its_report_reads_and_go_on(tool: ModuleType
         tool.configuration(made, tool.variants([1], 1)[0], options(stage="expert"))
     outside = {"teachers": {"friend": {"checkpoint": "elsewhere", "domains": ["loud"]}}}
     stages = [*made.stages[:2], made.stages[2].model_copy(update={"settings": made.stages[2].settings | outside})]
-    with pytest.raises(ConfigurationError, match=r"no stage of the recipe measured how good friend"):
+    with pytest.raises(ConfigurationError, match=r"--stage merge: friend came as checkpoints"):
         tool.weights_of(made.model_copy(update={"stages": stages}), options(stage="merge"))
     chosen = options(stage="merge")
     tool.work(made, chosen)

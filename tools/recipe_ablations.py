@@ -77,15 +77,13 @@ def warm_up(recipe: Recipe, groups: parallel.Groups, arguments: argparse.Namespa
     roles = roles_of(recipe)
     warm, iteration = warmed(recipe)
     needed = in_need(recipe, warm) or []
-    teachers = [name for name in needed if name in recipe.names]
-    if external := [name for name in needed if name not in teachers]:
-        why = "came as checkpoints, whose accuracy no stage measures, so what warm-up adds is not known of them"
-        display.note(groups.rank, f"warm-up: {', '.join(external)} {why}")
-    if not teachers:
-        display.note(groups.rank, f"warm-up: {warm.name} was for no teacher of this recipe, so there is none to weigh")
+    if not needed:
+        display.note(groups.rank, f"warm-up: {warm.name} was for no teacher, so there is none to weigh")
         return
     results = {"before": result(recipe, roles.before), "with": result(recipe, iteration.name)}
-    goals = {name: result(recipe, name) for name in teachers}
+    goals = {name: result(recipe, name) for name in needed if name in recipe.names}
+    if len(goals) < len(needed):  # the others came as checkpoints
+        goals = result(recipe, iteration.name, "before.json")["teachers"] | goals
     assert warm.initial is not None, "a warm-up has an initial"
     weights = ablations.weights_of(
         recipe, [roles.before, starts_from(recipe, warm.initial), iteration.name, *served_by(recipe, iteration)]
@@ -94,7 +92,7 @@ def warm_up(recipe: Recipe, groups: parallel.Groups, arguments: argparse.Namespa
     presets.check(config)
     run_unless_finished(config, groups, "without warm-up")
     results["without"] = _read(config.run.dir / "result.json")
-    tree = compared(results, goals, {name: warm.teachers[name] for name in teachers})
+    tree = compared(results, goals, {name: config.teachers[name].domains for name in needed})
     leave(recipe.dir / FOLDER / "warm_up.json", {"weights": weights, "domains": tree}, groups)
     if groups.rank == 0:
         show_warm_up(tree)

@@ -27,6 +27,7 @@ import torch
 
 from megatron_mopd import checkpoint_directory, display
 from megatron_mopd.config import ConfigurationError
+from megatron_mopd.files import WriteError
 from megatron_mopd.recipe import anew, beside, processes
 from megatron_mopd.recipe.schema import Recipe, is_skipped, load_recipe, stage_config
 from megatron_mopd.recipe.words import Command, Parser
@@ -66,7 +67,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if worlds:
             with anew.alone(recipe.dir):  # worlds take no lock, and would mix with those of a run that is still there
                 pass
-    except ConfigurationError as error:
+    except (ConfigurationError, WriteError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     status = processes.run(Command(words=line), worlds)

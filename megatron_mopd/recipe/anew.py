@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_mopd import display
 from megatron_mopd.config import ConfigurationError
+from megatron_mopd.files import WriteError
 from megatron_mopd.recipe import ablations
 from megatron_mopd.recipe.schema import SET_ASIDE, Recipe
 
@@ -38,15 +39,15 @@ def set_aside(recipe: Recipe, name: str) -> list[tuple[Path, Path]]:
 
     ``N`` counts from 1. Ablations of these stages go along, before them, and the last stage goes first, so that an
     interrupted call leaves a recipe that is in order. Raises :class:`ConfigurationError` for an unknown stage and while
-    another process is at work in ``recipe.dir``.
+    another process is at work in ``recipe.dir``, :class:`files.WriteError` where the system refuses.
     """
     recipe.stage(name, "--from")
     redone = dependents(recipe, name)
     there = [path for stage in redone if (path := recipe.dir / stage).exists()]
     if not there:
         return []
-    with alone(recipe.dir):
-        root = recipe.dir / SET_ASIDE
+    root = recipe.dir / SET_ASIDE
+    with alone(recipe.dir), _written(root, "what is set aside"):
         root.mkdir(exist_ok=True)
         taken = [int(path.name) for path in root.iterdir() if path.name.isdecimal()]
         place = root / str(max(taken, default=0) + 1)
@@ -71,17 +72,29 @@ def alone(directory: Path) -> Iterator[int]:
 
     Yields its descriptor: programs that inherit it hold the lock until the last of them has ended too. Two runs would
     overwrite each other's checkpoints. Raises :class:`ConfigurationError` naming the process that holds
-    it. A file system without locks is said and used as it is.
+    it, and :class:`files.WriteError` for a directory (the recipe's setting ``dir``) that cannot be written. A file
+    system without locks is said and used as it is.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with _written(directory / LOCK, "the lock of the recipe's dir"):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _lock(descriptor, directory)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with _written(directory / LOCK, "the lock of the recipe's dir"):
+            _lock(descriptor, directory)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _written(path: Path, what: str) -> Iterator[None]:
+    """Where the system refuses what the block does, :class:`files.WriteError` instead."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(path, what, error) from error
 
 
 def _lock(descriptor: int, directory: Path) -> None:

@@ -56,18 +56,17 @@ def _student(outcomes: Outcomes, key: str | None) -> Outcome | None:
 def _distilled(outcomes: Outcomes, domain: str) -> Tree:
     """One row of the paper's table (report section 3.3.2, Table 5)."""
     teacher, first = outcomes.teacher_of[domain], outcomes.first_teacher_of[domain]
-    before, goal = _student(outcomes, "before"), outcomes.of(teacher)
+    before, goal = _student(outcomes, "before"), outcomes.of_teacher(teacher)
     measured = {key: _student(outcomes, key) for key in outcomes.students}
     recovered = {
         key: cells.of_recovery(before, outcome, goal, domain)
         for key, outcome in measured.items()
         if key.startswith("mopd_")
     }
-    measured |= {"teacher": goal, "first_teacher": outcomes.of(first)}
+    measured |= {"teacher": goal, "first_teacher": outcomes.of_teacher(first)}
     return {
         "teacher": teacher,
         "first_teacher": first,
-        "external": outcomes.is_external(teacher),
         "refreshed": teacher != first,
         "cells": {key: cells.of_accuracy(outcome, domain) for key, outcome in measured.items()},
         "change": cells.of_change(before, _student(outcomes, after(outcomes)), domain),
@@ -180,10 +179,11 @@ def _missing(outcomes: Outcomes) -> list[str]:
         for name in teachers
         if (o := outcomes.of(name)) and not o.answers
     ]
-    for name in (name for name in teachers if outcomes.is_external(name)):
-        domains = [d for d, teacher in outcomes.teacher_of.items() if teacher == name]
-        lost = f", so there is no recovery in {', '.join(domains)}" if domains else ""
-        found.append(f"accuracy of teacher {name}: it came as a checkpoint and no stage measured it{lost}")
+    found += [
+        f"accuracy of teacher {name}: it came as a checkpoint, and no finished iteration had it answer held-out prompts"
+        for name in teachers
+        if outcomes.is_external(name) and outcomes.of_teacher(name) is None
+    ]
     measured = {*outcomes.teacher_of, *outcomes.undistilled}
     found += [
         f"report.notes.{d}: no stage is measured on this domain" for d in outcomes.roles.notes if d not in measured

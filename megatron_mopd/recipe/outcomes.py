@@ -53,6 +53,16 @@ class Outcomes:
         """The stage of that name if it is finished."""
         return None if name is None else self.finished.get(name)
 
+    def of_teacher(self, name: str) -> Outcome | None:
+        """A teacher's answers in the domains that it serves: those of its stage, or, of one that came as a checkpoint,
+        those that the last iteration with it left."""
+        if not self.is_external(name):
+            return self.of(name)
+        for iteration in reversed(self.roles.iterations):
+            if (stage := self.of(iteration)) and (answered := stage.before.get("teachers", {}).get(name)):
+                return Outcome(stage=iteration, result=answered)
+        return None
+
     @property
     def students(self) -> dict[str, tuple[str, str]]:
         """``{key: (title, stage)}`` of the measured students in the order of the recipe, finished or not.
@@ -90,7 +100,7 @@ class Outcomes:
         return {domain: name for name, teacher in teachers.items() for domain in teacher.domains}
 
     def is_external(self, teacher: str) -> bool:
-        """Whether a teacher came as a checkpoint, whose accuracy no stage measures."""
+        """Whether a teacher came as a checkpoint."""
         return teacher not in self.recipe.names
 
     @property
@@ -159,10 +169,10 @@ def _check_pairs(outcomes: Outcomes) -> None:
 
 
 def _compared(outcomes: Outcomes) -> Iterator[Outcome]:
-    students = [stage for _, stage in outcomes.students.values()]
-    teachers = [*outcomes.first_teacher_of.values(), *outcomes.teacher_of.values()]
-    for name in dict.fromkeys([*students, *teachers]):
-        if (outcome := outcomes.of(name)) is not None:
+    students = [outcomes.of(stage) for _, stage in outcomes.students.values()]
+    names = dict.fromkeys([*outcomes.first_teacher_of.values(), *outcomes.teacher_of.values()])
+    for outcome in [*students, *map(outcomes.of_teacher, names)]:
+        if outcome is not None:
             yield outcome
 
 

@@ -37,7 +37,7 @@ class Stage(Section):
     """Stage whose final weights this one starts from; random weights when left out."""
     teachers: dict[str, list[str]] = {}
     """Stage name -> domains it teaches. A teacher that came as a checkpoint stands under ``teachers`` in ``settings``,
-    with its ``checkpoint`` and ``domains``; everything but its accuracy is known of it as of the others."""
+    with its ``checkpoint`` and ``domains``."""
     after: str | None = None
     """Of a warm-up: the preflight stage that says which of its teachers need it. The stage is skipped where none does,
     and those that start from it start from its ``initial``."""

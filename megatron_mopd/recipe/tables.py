@@ -51,13 +51,11 @@ def recovery(tree: Mapping[str, Any]) -> Table:
         made.add_row(
             Text(f"{domain}\n{row['teacher']}" + ("*" if row["refreshed"] else ""), style=colours[domain]),
             *(_accuracy(row["cells"][key]) for key in (*titles, "teacher")),
-            _two(text.share(row["recovery"]), "bold") if not row["external"] else Text("not\nmeasured", style="dim"),
+            _two(text.share(row["recovery"]), "bold"),
         )
     below = [caption]
     if any(row["refreshed"] for row in tree["distilled"].values()):
         below.append("* refreshed from an earlier student")
-    if any(row["external"] for row in tree["distilled"].values()):
-        below.append("teachers without a number came as checkpoints, which no stage measured")
     made.caption = "\n".join([*below, *text.notes(tree, "distilled")])
     return made
 

@@ -55,10 +55,8 @@ def refreshed(sides: Mapping[str, Any]) -> list[str]:
 
 
 def goal(row: Mapping[str, Any]) -> str:
-    """The accuracy of a row's teacher and its name; of one that came as a checkpoint, that there is none."""
-    if row["external"]:
-        return f"external, not measured ({row['teacher']})"
-    return f"{accuracy(row['cells']['teacher'])} ({row['teacher']})"
+    """The accuracy of a row's teacher, where it is known, and its name."""
+    return f"{accuracy(row['cells']['teacher'])} ({row['teacher']})".strip()
 
 
 def notes(tree: Mapping[str, Any], part: str) -> list[str]:
@@ -110,7 +108,7 @@ def _recovery(tree: Mapping[str, Any]) -> list[str]:
             domain,
             *(accuracy(row["cells"][key]) for key in titles),
             goal(row),
-            f"**{share(row['recovery'])}**" if row["recovery"] else "not measured" if row["external"] else "",
+            f"**{share(row['recovery'])}**" if row["recovery"] else "",
             points(row["change"]),
         ]
         for domain, row in tree["distilled"].items()
@@ -121,11 +119,6 @@ def _recovery(tree: Mapping[str, Any]) -> list[str]:
         if row["refreshed"] and row["cells"]["first_teacher"]
     ]
     below = [f"Teachers refreshed between the iterations: {'; '.join(refreshed)}."] if refreshed else []
-    if external := [domain for domain, row in tree["distilled"].items() if row["external"]]:
-        below.append(
-            f"No recovery in {', '.join(external)}: it is the share of the way to the teacher, and the accuracy of a"
-            " teacher that came as a checkpoint is not measured."
-        )
     return [MEANING.format(tasks=tasks(tree)), table(headings, rows), *below, *notes(tree, "distilled")]
 
 
