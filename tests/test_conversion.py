@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_nemotron_h import SIZES, VOCAB, layers, saved
 from torch import Tensor
 
 from megatron_mopd import conversion, identity, names, presets, torch_dist
@@ -26,39 +27,10 @@ from megatron_mopd.config import ConfigurationError, Model, Parallel
 from megatron_mopd.conversion import hugging_face_config, inspection, jobs, plans, torch_dist_raw
 from megatron_mopd.data_config import Tokenizer
 
-VOCAB = 101  # odd: padded under tensor parallelism
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_checkpoint.py"
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "intermediate_size": 96, "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2,
-    "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "moe_latent_size": 32, "moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 2.5,
-}  # fmt: skip
-KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 
 
 # --------------------------------------------------------------------------- helpers, also called on the ranks
-
-
-def layers(pattern: str) -> list[str]:
-    return [KINDS[symbol] for symbol in pattern]
-
-
-def saved_by_transformers(path: Path, pattern: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A random NemotronH model as transformers saves it; returns the model."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
-
-    torch.manual_seed(5)
-    config = NemotronHConfig(
-        **{**SIZES, "layers_block_type": layers(pattern), "time_step_min": 1e-6, "initializer_range": 0.1, **changes}
-    )
-    model: Any = NemotronHForCausalLM(config)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.dim() == 1 and tensor.is_floating_point():  # each element must find its place
-                tensor.add_(0.1 * torch.rand_like(tensor), alpha=1.0 if "A_log" in name else 0.5)
-    model.to(dtype).eval().save_pretrained(path)
-    return model
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -186,7 +158,7 @@ def test_converted_model_computes_what_transformers_computes(
     from transformers import AutoConfig, NemotronHForCausalLM
 
     source = tmp_path / "source"
-    expected = theirs(saved_by_transformers(source, pattern, **changes), tokens := sample())
+    expected = theirs(saved(source, pattern, **changes), tokens := sample())
     back = round_trip(source, tmp_path)
     assert_same(tensors_of(back), tensors_of(source))
     assert AutoConfig.from_pretrained(back).to_diff_dict() == AutoConfig.from_pretrained(source).to_diff_dict()
@@ -209,7 +181,7 @@ def test_bf16_keeps_its_dtypes_and_is_no_worse_than_transformers_in_bf16(groups:
     from transformers import NemotronHForCausalLM
 
     source, tokens = tmp_path / "source", sample()
-    saved_by_transformers(source, "M*E-", torch.bfloat16)
+    saved(source, "M*E-", torch.bfloat16)
     tensors = tensors_of(source)
     bias = "backbone.layers.2.mixer.gate.e_score_correction_bias"
     tensors[bias] = tensors[bias].float()  # as in the published checkpoints

@@ -13,23 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_nemotron_h
 import torch
 from safetensors.torch import load_file, save_file
+from small_nemotron_h import SIZES, VOCAB
 from torch import Tensor
 
 from megatron_mopd import conversion
 from megatron_mopd.config import Model, Parallel
 from megatron_mopd.conversion import hugging_face_config
-
-VOCAB = 101
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "intermediate_size": 96, "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2,
-    "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "moe_latent_size": 32, "moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 2.5,
-}  # fmt: skip
-KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
-
 
 # --------------------------------------------------------------------------- the forward pass, tensor by tensor
 
@@ -171,14 +163,7 @@ def mtp_shapes(pattern: str, sizes: dict[str, Any]) -> dict[str, tuple[int, ...]
 
 def saved(path: Path, trunk: str, pattern: str, depths: int, changes: dict[str, Any]) -> Any:
     """A NemotronH model of transformers saved with random MTP tensors beside its own; returns the model."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
-
-    torch.manual_seed(11)
-    sizes = {**SIZES, **changes}
-    kinds = [KINDS[symbol] for symbol in trunk]
-    # transformers raises Mamba's step sizes to time_step_min; Megatron-Core's mixer, like Mamba-2 itself, does not.
-    config = NemotronHConfig(**sizes, layers_block_type=kinds, initializer_range=0.1, time_step_min=1e-6)
-    model: Any = NemotronHForCausalLM(config)
+    model = small_nemotron_h.model(trunk, seed=11, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -189,7 +174,7 @@ def saved(path: Path, trunk: str, pattern: str, depths: int, changes: dict[str, 
     tree.pop("mtp_layers_block_type", None)
     (path / "config.json").write_text(json.dumps(tree))
     tensors = load_file(path / "model.safetensors")
-    for name, shape in mtp_shapes(pattern, sizes).items():
+    for name, shape in mtp_shapes(pattern, {**SIZES, **changes}).items():
         scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.3
         tensors[name] = scale * torch.randn(shape) + (1.0 if "norm" in name else 0.0)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

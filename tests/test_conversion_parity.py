@@ -12,40 +12,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_nemotron_h import VOCAB, saved
 from torch import Tensor
 
 from megatron_mopd import conversion
 from megatron_mopd.config import Model, Parallel
 from megatron_mopd.conversion import hugging_face_config
 
-VOCAB = 101  # odd: padded under tensor parallelism
-SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
-    "intermediate_size": 96, "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 4,
-    "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "moe_latent_size": 32, "moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 2.5,
-}  # fmt: skip
-KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+# More heads than the others have, so that they can be cut in four.
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "n_groups": 4}
 
 
 # --------------------------------------------------------------------------- helpers, also called on the ranks
-
-
-def saved(path: Path, pattern: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A random NemotronH model as transformers saves it; returns the model."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
-
-    torch.manual_seed(5)
-    kinds = [KINDS[symbol] for symbol in pattern]
-    # transformers raises Mamba's step sizes to time_step_min; Megatron-Core's mixer, like Mamba-2 itself, does not.
-    given = {**SIZES, "initializer_range": 0.1, "time_step_min": 1e-6, **changes}
-    model: Any = NemotronHForCausalLM(NemotronHConfig(**given, layers_block_type=kinds))
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.dim() == 1 and tensor.is_floating_point():  # each element must find its place
-                tensor.add_(0.1 * torch.rand_like(tensor), alpha=1.0 if "A_log" in name else 0.5)
-    model.to(dtype).eval().save_pretrained(path)
-    return model
 
 
 def student_of(checkpoint: Path, directory: Path, parallel: Parallel, precision: Any = "fp32") -> tuple[Any, Any, Any]:
@@ -119,7 +97,7 @@ GENERATING = {
 @pytest.mark.parametrize("name", GENERATING)
 def test_greedy_tokens_are_those_of_transformers(ranks: Any, groups: Any, tmp_path: Path, name: str) -> None:
     pattern, changes, layouts = GENERATING[name]
-    model = saved(tmp_path / "source", pattern, **changes)
+    model = saved(tmp_path / "source", pattern, **HEADS | changes)
     conversion.hugging_face_to_megatron(tmp_path / "source", tmp_path / "megatron")
     prompts = [sample(1, length)[0].tolist() for length in (3, 11, 17, 20)]  # ragged, across the scan's chunks
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0}
@@ -150,7 +128,7 @@ def save_again(source: Path, directory: Path, target: Path, parallel: Parallel) 
 
 def test_saved_at_one_layout_it_computes_the_same_at_every_other(ranks: Any, tmp_path: Path) -> None:
     source, tokens = tmp_path / "source", sample()
-    expected = theirs(saved(source, "M*E-E", n_routed_experts=8), tokens)
+    expected = theirs(saved(source, "M*E-E", **HEADS, n_routed_experts=8), tokens)
     conversion.hugging_face_to_megatron(source, tmp_path / "converted")
     ranks(4, save_again, tmp_path / "converted", source, tmp_path / "run", Parallel(tensor=2, expert=2))
     scored = {}
@@ -231,7 +209,7 @@ def check_any(root: Path, data: st.DataObject) -> tuple[float, float] | None:
     pattern, sizes = data.draw(st.text("M*E-", min_size=1, max_size=5)), drawn(draw)
     dtype = draw(torch.float32, torch.bfloat16)
     source, tokens = root / "source", sample(4, 48, sizes["vocab_size"])
-    model = saved(source, pattern, dtype, **sizes)
+    model = saved(source, pattern, dtype, **HEADS | sizes)
     spell(
         source, pattern,
         string=draw(True, False), prefix=draw("backbone.", "model."), fused=draw(True, False), files=draw(1, 3),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_nemotron_h import saved_with_tokenizer
 from small_stages import task
 from torch import Tensor
 
@@ -24,40 +25,12 @@ from megatron_mopd.data_config import Tokenizer
 from megatron_mopd.parallel import Groups
 from megatron_mopd.tokenizer import build_tokenizer
 
-KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
-SIZES = {
-    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
-    "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "conv_kernel": 3,
-    "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "moe_latent_size": 32, "moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 2.5,
-}  # fmt: skip
-
-
 # --------------------------------------------------------------------------- helpers, also called on the ranks
 
 
 def saved(path: Path, pattern: str = "M*E-", seed: int = 5, **changes: Any) -> Any:
-    """A random NemotronH model as transformers saves it, with a tokenizer beside it; returns the model."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
-
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(Tokenizer())
-    settings: dict[str, Any] = {
-        **SIZES,
-        "vocab_size": tokenizer.vocab_size,
-        "pad_token_id": tokenizer.pad_token,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.stop_tokens[0],
-        "layers_block_type": [KINDS[symbol] for symbol in pattern],
-        "time_step_min": 1e-6,
-        "initializer_range": 0.1,
-        **changes,
-    }
-    config = NemotronHConfig(**settings)
-    model: Any = NemotronHForCausalLM(config).eval()
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return model
+    """A model whose convolution is not as long as the preset's."""
+    return saved_with_tokenizer(path, pattern, seed, **{"conv_kernel": 3} | changes)
 
 
 def tree(run: Path, initial: Path | None, **sections: Any) -> dict[str, Any]:

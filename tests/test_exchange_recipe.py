@@ -13,37 +13,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_nemotron_h import saved_with_tokenizer
 
 from megatron_mopd import torch_dist
-from megatron_mopd.data_config import Tokenizer
-from megatron_mopd.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
-SIZES = {
-    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
-    "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2, "conv_kernel": 4,
-    "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "moe_latent_size": None, "moe_shared_expert_intermediate_size": 48, "routed_scaling_factor": 2.5,
-}  # fmt: skip
 
 
 def saved(path: Path, seed: int, **changes: Any) -> None:
-    """A random model with the demo's tokenizer, as transformers saves it."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
-
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(Tokenizer())
-    config = NemotronHConfig(
-        **SIZES | changes,
-        layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
-        time_step_min=1e-6,
-        vocab_size=tokenizer.vocab_size,
-        pad_token_id=tokenizer.pad_token,
-        bos_token_id=None,
-        eos_token_id=tokenizer.stop_tokens[0],
-    )
-    NemotronHForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    saved_with_tokenizer(path, "ME*-", seed, **{"moe_latent_size": None, "initializer_range": 0.02} | changes)
 
 
 def recipe(path: Path, student: Path, teacher: Path) -> Path:

@@ -10,26 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from small_batches import SEQUENCES, VOCAB, learner_of, micro_batches
 from small_stages import task
 
-from megatron_mopd import batch, checkpoint, parallel, presets, student, torch_dist
+from megatron_mopd import checkpoint, parallel, student, torch_dist
 from megatron_mopd.config import Config, ConfigurationError, Mopd, build_config
 from megatron_mopd.metrics import read, untimed
 from megatron_mopd.names import PREFIXES
 from megatron_mopd.objectives.mopd import mopd_objective
-from megatron_mopd.parallel import Groups
 from megatron_mopd.predictions import Predictions
-from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput, Prompt, Rollout, ScoredRollout
+from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
 from megatron_mopd.scoring import Scorer
 from megatron_mopd.settings import overlay
 from megatron_mopd.teachers import TeacherPool
 from megatron_mopd.tokenizer import build_tokenizer
 from megatron_mopd.train import run_stage
 from megatron_mopd.trainer import Trainer
-from megatron_mopd.update import Learner
 
-VOCAB = 101  # odd: padded under tensor parallelism
-SEQUENCES = 13
 PATTERN = "ME*E/*E/*E"
 
 
@@ -45,36 +42,10 @@ def configuration(**changes: Any) -> Config:
     return build_config(overlay(common, changes))
 
 
-def build(config: Config) -> Learner:
-    groups = parallel.initialize(config.parallel, 7)
-    precision = presets.resolve_precision(config.run.precision, groups.device)
-    model = student.build_model(config.model, config.parallel, groups, VOCAB, precision, mtp=True)
-    return Learner(model, config, groups, VOCAB, pad_token=0)
-
-
-def micro_batches(groups: Groups, size: int) -> list[MicroBatch]:
-    """This rank's share of a global batch with ragged prompts and completions, as a lagging engine leaves it."""
-    g = torch.Generator().manual_seed(3)
-    scored = []
-    for i in range(SEQUENCES):
-        prompt = tuple(torch.randint(0, VOCAB, (3 + i % 3,), generator=g).tolist())
-        behav = -4.6 + 0.7 * torch.randn(1 + (3 * i) % 7, generator=g)
-        rollout = Rollout(
-            prompt=Prompt(id=str(i), domain="d", messages=(), tokens=prompt),
-            sample=0,
-            completion=torch.randint(0, VOCAB, behav.shape, generator=g),
-            finish="length",
-            behav_logprobs=behav,
-        )
-        gap = torch.randn(behav.shape, generator=g)
-        scored.append(ScoredRollout(rollout=rollout, teacher="t", teacher_logprobs=behav + gap))
-    return batch.pack(scored[groups.dp_rank :: groups.dp_size], size, 0, length_multiple=groups.tp_size)
-
-
 def one_step(changes: dict[str, Any], size: int, target: Path) -> dict[str, Any]:
     """One optimizer step over the global batch, a checkpoint of what it left, and log-probabilities on either side."""
     config = configuration(**changes)
-    learner = build(config)
+    learner = learner_of(config)
     groups, settings = learner.groups, config.objective
     assert isinstance(settings, Mopd)
     packed = learner.with_prox(micro_batches(groups, size))

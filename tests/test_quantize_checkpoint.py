@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import small_nemotron_h
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -30,13 +31,7 @@ from megatron_mopd.quantization.recipes import RECIPES
 from megatron_mopd.quantization.stored import Encoder, decode_nvfp4
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "quantize_checkpoint.py"
-SIZES = {
-    "vocab_size": 101, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "intermediate_size": 96, "ssm_state_size": 16, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2,
-    "conv_kernel": 4, "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
-    "moe_latent_size": 32, "moe_shared_expert_intermediate_size": 80, "routed_scaling_factor": 2.5,
-}  # fmt: skip
-KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+SIZES = {"moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 80}
 EXPERT = "backbone.layers.1.mixer.experts.2.up_proj"
 SHARED = "backbone.layers.1.mixer.shared_experts.up_proj"
 PTQ = RECIPES["ultra-ptq"]
@@ -45,11 +40,7 @@ PTQ = RECIPES["ultra-ptq"]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 NemotronH model as transformers saves it."""
-    from transformers import NemotronHConfig, NemotronHForCausalLM
-
-    torch.manual_seed(5)
-    layers: Any = [KINDS[symbol] for symbol in "MEM*E-"]
-    made: Any = NemotronHForCausalLM(NemotronHConfig(**SIZES, layers_block_type=layers, initializer_range=0.1))
+    made = small_nemotron_h.model("MEM*E-", **SIZES)
     for name, buffer in made.named_buffers():
         buffer.normal_() if name.endswith("correction_bias") else None
     path = tmp_path_factory.mktemp("quantize") / "source"
@@ -341,7 +332,7 @@ def test_student_computes_with_what_was_turned_back(quantized: dict[str, Path], 
     back = quantized["modelopt-mse"].with_name("modelopt-mse-back")
     conversion.hugging_face_to_megatron(back, tmp_path / "megatron")
     settings = model_settings(hugging_face_config.read(back), str(back))
-    model = student.build_model(settings, Parallel(), groups, SIZES["vocab_size"], mtp=False)
+    model = student.build_model(settings, Parallel(), groups, small_nemotron_h.VOCAB, mtp=False)
     load_weights(tmp_path / "megatron", model, groups)
     tokens = torch.arange(1, 25)[None]
     with torch.no_grad():

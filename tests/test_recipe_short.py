@@ -18,25 +18,27 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "examples" / "recipe.yaml"
 PAIR = ("rank", "tenths")  # built for poor overlap
 STEPS = {
-    "sft": 130,
+    "sft": 120,
     "student": 10,
     "orderer": 50,
     "flipper": 10,
     "ranker": 60,
     "tenther": 60,
-    "warm_up": 16,
+    "warm_up": 24,
     "mopd1": 45,
     "orderer2": 30,
-    "mopd2": 25,
+    "mopd2": 60,
     "boosted": 10,
 }
+# Answers of flip and late have four times the tokens of the others: so few steps learn neither, and are cheap without.
 SHORT = [
     "evaluation.final_samples=200",
     "evaluation.every=0",
     "preflight.samples=48",
     *(f"{name}:run.steps={steps}" for name, steps in STEPS.items()),
+    *(f"{name}:data.weights={{order: 1.0, flip: 0.4, late: 0.4}}" for name in ("sft", "student")),
     *(f"{name}:rollout.prompts_per_step=256" for name in ("mopd1", "mopd2")),
-    *(f"{name}:data.weights={{flip: 0.2, order: 2.0, rank: 1.0, tenths: 1.0}}" for name in ("mopd1", "mopd2")),
+    *(f"{name}:data.weights={{flip: 0.1, order: 2.0, rank: 1.0, tenths: 1.0}}" for name in ("mopd1", "mopd2")),
     "warm_up:source.per_domain=256",
     "boosted:rollout.prompts_per_step=32",
 ]
@@ -110,15 +112,14 @@ def test_every_stage_has_run(directory: Path) -> None:
 
 @pytest.mark.slow
 def test_the_student_comes_nearer_to_its_teachers(directory: Path) -> None:
-    """Where a teacher is far better than the student: surely some of the way, and a third in the mean; without
-    distillation it is none."""
+    """Where a teacher is far better than the student: surely a third of the way, and two thirds in the mean."""
     rows = read(directory / "report.json")["distilled"]
     gaps = {d: r["cells"]["teacher"]["rate"] - r["cells"]["before"]["rate"] for d, r in rows.items()}
     wide = [domain for domain, gap in gaps.items() if gap > 0.2]
     assert set(wide) >= {"order", *PAIR}, gaps
     recovered = {domain: rows[domain]["recoveries"]["mopd_2"] for domain in wide}
-    assert min(found["low"] for found in recovered.values()) > 0.05, recovered
-    assert fmean(found["value"] for found in recovered.values()) > 1 / 3, recovered
+    assert min(found["low"] for found in recovered.values()) > 1 / 3, recovered
+    assert fmean(found["value"] for found in recovered.values()) > 2 / 3, recovered
 
 
 @pytest.mark.slow
@@ -128,6 +129,4 @@ def test_the_warm_up_is_for_the_pair_and_helps_it(directory: Path) -> None:
     refreshed = read(directory / "preflight_refreshed" / "preflight.json")["teachers"]
     assert "orderer2" in refreshed and "refuse" not in {entry["decision"] for entry in refreshed.values()}
     gains = {domain: read(directory / "report.json")["warm_up"][domain]["gain"] for domain in PAIR}
-    # So few updates bring one of the pair on; the whole recipe does both (examples/results/recipe).
-    assert min(gain["low"] for gain in gains.values()) >= 0, gains
-    assert max(gain["low"] for gain in gains.values()) >= 0.1, gains
+    assert min(gain["low"] for gain in gains.values()) >= 0.1, gains

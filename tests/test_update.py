@@ -7,20 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from small_batches import learner_of, micro_batches
 
-from megatron_mopd import batch, parallel, presets, student
 from megatron_mopd.config import Config, ConfigurationError, Mopd, build_config
 from megatron_mopd.objectives.mopd import mopd_loss, mopd_objective, mopd_of_logits
 from megatron_mopd.parallel import Groups
 from megatron_mopd.predictions import Predictions
-from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput, Prompt, Rollout, ScoredRollout
+from megatron_mopd.records import Counts, MicroBatch, ObjectiveOutput
 from megatron_mopd.settings import overlay
-from megatron_mopd.update import Learner, Objective, of_logprobs
+from megatron_mopd.update import Objective, of_logprobs
 from mopd_kernels import reference
 from mopd_kernels.testing import LargestTensor
-
-VOCAB = 101  # odd: padded under tensor parallelism
-SEQUENCES = 13
 
 
 def configuration(**changes: Any) -> Config:
@@ -39,32 +36,6 @@ def configuration(**changes: Any) -> Config:
         "objective": {"type": "mopd", "importance_low": 0.05, "importance_high": 20.0},
     }
     return build_config(overlay(common, changes))
-
-
-def build(config: Config, vocab: int = VOCAB) -> Learner:
-    groups = parallel.initialize(config.parallel, 7)
-    precision = presets.resolve_precision(config.run.precision, groups.device)
-    model = student.build_model(config.model, config.parallel, groups, vocab, precision, mtp=True)
-    return Learner(model, config, groups, vocab, pad_token=0)
-
-
-def micro_batches(groups: Groups, size: int, domain: str = "d", count: int = SEQUENCES) -> list[MicroBatch]:
-    """This rank's share of a global batch with ragged prompts and completions, as a lagging engine leaves it."""
-    g = torch.Generator().manual_seed(3)
-    scored = []
-    for i in range(count):
-        prompt = tuple(torch.randint(0, VOCAB, (3 + i % 3,), generator=g).tolist())
-        behav = -4.6 + 0.7 * torch.randn(1 + (3 * i) % 7, generator=g)
-        rollout = Rollout(
-            prompt=Prompt(id=str(i), domain=domain, messages=(), tokens=prompt),
-            sample=0,
-            completion=torch.randint(0, VOCAB, behav.shape, generator=g),
-            finish="length",
-            behav_logprobs=behav,
-        )
-        gap = torch.randn(behav.shape, generator=g)
-        scored.append(ScoredRollout(rollout=rollout, teacher="t", teacher_logprobs=behav + gap))
-    return batch.pack(scored[groups.dp_rank :: groups.dp_size], size, 0, length_multiple=groups.tp_size)
 
 
 def objective_of(config: Config, update: str) -> Objective:
@@ -91,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def one_step(changes: dict[str, Any], update: str, impl: str) -> dict[str, Any]:
     config = configuration(**overlay(changes, {"kernels": {"impl": impl}}))
-    learner = build(config)
+    learner = learner_of(config)
     start = {n: p.detach().clone() for n, p in learner.module.named_parameters()}
     out = learner.step(micro_batches(learner.groups, 5), objective_of(config, update))
     names = out.per_token[0][1].keys()
@@ -125,7 +96,7 @@ def test_logits_are_never_in_memory_unless_asked_for(update: str, groups: Groups
     """Not in the update, not for the MTP heads, not for prox; a vocabulary so large that nothing else comes near."""
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1 << 16)
     config, vocab = configuration(), 4001
-    learner = build(config, vocab)
+    learner = learner_of(config, vocab)
     (packed,) = micro_batches(groups, 240, count=240)
     logits = len(packed.targets) * vocab
     with LargestTensor() as prox:
@@ -148,7 +119,7 @@ def two_steps(changes: dict[str, Any], update: str, direct: bool) -> tuple[dict[
     """What two steps of several micro-batches, with a look at prox between them, add to this rank's weights; and
     whether a forward moved ``main_grad``."""
     config = configuration(**changes)
-    learner = build(config)
+    learner = learner_of(config)
     packed = micro_batches(learner.groups, 3)
     inner = objective_of(config, update) if direct else by_autograd(objective_of(config, update))
     start = {n: p.detach().clone() for n, p in learner.module.named_parameters()}
@@ -208,7 +179,7 @@ def test_each_gradient_reaches_the_buffer_once(ranks: Any, name: str) -> None:
 def two_terms(direct: bool, update: str) -> torch.Tensor:
     """What a step on the objective and a bonus on the logits' entropy adds to the output weight."""
     config = configuration()
-    learner = build(config)
+    learner = learner_of(config)
     first = objective_of(config, update)
 
     def objective(predictions: Predictions, micro_batch: MicroBatch, counts: Counts) -> ObjectiveOutput:
@@ -237,5 +208,5 @@ def test_terms_of_logits_and_of_log_probabilities_add_up(groups: Groups, update:
 def test_triton_without_a_device_for_it_is_refused_at_start(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mopd_kernels.dispatch.interpreting", lambda: False)
     with pytest.raises(ConfigurationError, match=r"kernels\.impl = triton for the student: tensors on cpu.*auto"):
-        build(configuration(kernels={"impl": "triton"}))
-    build(configuration(kernels={"impl": "auto"}))
+        learner_of(configuration(kernels={"impl": "triton"}))
+    learner_of(configuration(kernels={"impl": "auto"}))
