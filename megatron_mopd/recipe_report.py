@@ -67,7 +67,9 @@ def publish(directory: Path, stages: Sequence[str], config: Config) -> Report:
 
 def _teacher(directory: Path, stages: Sequence[str], name: str, before: Mapping[str, Any]) -> Mapping[str, Any]:
     """A stage's result has the accuracy in all domains; of a checkpoint that in the domains it teaches is known."""
-    return _read(directory / name / "result.json") if name in stages else before["teachers"].get(name, {"accuracy": {}})
+    if name in stages:
+        return _read(directory / name / "result.json")
+    return before.get("teachers", {}).get(name, {"accuracy": {}})
 
 
 def _read(path: Path) -> Mapping[str, Any]:
