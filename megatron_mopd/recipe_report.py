@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_mopd import evaluation, metrics, report_files, screen
 from megatron_mopd.config import Config
-from megatron_mopd.report import Divergence, Example, Report
+from megatron_mopd.report import Divergence, Example, Report, merged
 
 
 def build(directory: Path, stages: Sequence[str], config: Config) -> Report:
@@ -23,7 +23,7 @@ def build(directory: Path, stages: Sequence[str], config: Config) -> Report:
     teacher_of = {domain: teacher for teacher, t in config.teachers.items() for domain in t.domains}
     rows = metrics.read(directory / name)
     return Report(
-        title=f"{directory.name}: {len(config.teachers)} teachers into one student",
+        title=f"{directory.name}: {merged(len(config.teachers))}",
         teacher_of=teacher_of,
         before=evaluation.from_json(before["accuracy"]),
         after=evaluation.from_json(after["accuracy"]),

@@ -119,6 +119,11 @@ def _domain(report: Report, domain: str) -> dict[str, Any]:
     }
 
 
+def merged(teachers: int) -> str:
+    """What was made of so many teachers, for a title."""
+    return f"{'one teacher' if teachers == 1 else f'{teachers} teachers'} into one student"
+
+
 def percent(value: float | None) -> str:
     """``94.2%``, or ``n/a``."""
     return "n/a" if value is None else f"{100 * value:.1f}%"

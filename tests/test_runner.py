@@ -95,6 +95,7 @@ def test_a_report_without_roles_knows_teachers_that_came_as_checkpoints(groups: 
     first = recipe_report.build(made.dir, ["base", "expert", "merge"], runner.stage_config(made, made.stages[-1]))
     again = recipe_report.build(given.dir, ["base", "merge"], runner.stage_config(given, given.stages[-1]))
     assert again.teachers["friend"] == first.teachers["expert"] and set(again.teachers["friend"]) == set(domains)
+    assert again.title == "other: one teacher into one student"
     tree = json.loads((given.dir / "report.json").read_text())
     assert {d: row["samples"] for d, row in tree["domains"].items()} == dict.fromkeys(domains, 4)
 

@@ -11,6 +11,7 @@ from megatron_mopd.recipe import cells, measurements
 from megatron_mopd.recipe.cells import Tree
 from megatron_mopd.recipe.outcomes import Outcome, Outcomes
 from megatron_mopd.recipe.schema import is_skipped
+from megatron_mopd.report import merged
 
 
 def build(outcomes: Outcomes) -> Tree:
@@ -20,7 +21,7 @@ def build(outcomes: Outcomes) -> Tree:
     iterations = "one iteration" if count == 1 else f"{count} iterations"
     known = [outcome for outcome in outcomes.finished.values() if "versions" in outcome.result]
     return {
-        "title": f"{recipe.dir.name}: {len(teachers)} teachers into one student, {iterations}",
+        "title": f"{recipe.dir.name}: {merged(len(teachers))}, {iterations}",
         "students": {key: {"title": t, "stage": stage} for key, (t, stage) in outcomes.students.items()},
         "after": after(outcomes),
         "last": f"mopd_{count}",
