@@ -560,7 +560,7 @@ def test_a_teacher_that_came_as_a_checkpoint_is_a_teacher(tmp_path: Path) -> Non
     stages = [with_external(stage) for stage in recipe.stages if stage.name != "reverser"]
     recipe = recipe.model_copy(update={"stages": stages})
     write_stages(recipe)
-    tree = report.publish(recipe, {stage.name: stage_config(recipe, stage) for stage in recipe.stages})
+    tree = tree_of(recipe)
     assert set(tree["distilled"]) == set(DISTILLED) and set(tree["undistilled"]) == set(OTHERS)
     row = tree["distilled"]["reverse"]
     assert row["cells"]["teacher"] is None and row["recovery"] is None
@@ -572,7 +572,7 @@ def test_a_teacher_that_came_as_a_checkpoint_is_a_teacher(tmp_path: Path) -> Non
     assert promise["absent"] == "missing: reverse"
     lost = "accuracy of teacher reverser: it came as a checkpoint, and no finished iteration had it answer"
     assert any(missing.startswith(lost) for missing in tree["missing"])
-    assert "| (reverser) |  | +50.0 [" in (recipe.dir / "report.md").read_text()
+    assert "| (reverser) |  | +50.0 [" in text.to_markdown(tree, {})
     for iteration, domain_rates in (("mopd1", RATES | {"reverser": (0.5,) * 6}), ("mopd2", RATES)):
         answers = {
             name: {"reverse": value["reverse"]}
@@ -590,7 +590,7 @@ def test_a_teacher_that_came_as_a_checkpoint_is_a_teacher(tmp_path: Path) -> Non
     answers["prompts"] = {"reverse": "others"}
     leave(recipe.dir / "mopd2" / "before.json", before | {"teachers": {"reverser": answers}})
     with pytest.raises(ConfigurationError, match="answered different held-out prompts of domain 'reverse'"):
-        outcomes.load(recipe, {stage.name: stage_config(recipe, stage) for stage in recipe.stages})
+        tree_of(recipe)
 
 
 def test_a_note_on_a_domain_that_nobody_measured_is_missed(finished: Recipe) -> None:
