@@ -35,8 +35,9 @@ from torch import Tensor
 from mopd_kernels import divergence_reference
 from mopd_kernels.autograd_phase import Phase, current_phase
 from mopd_kernels.dispatch import Impl, choose, untraced
-from mopd_kernels.divergence_chunks import Head, Problem, Rows, TopK, chunks, logit_gradient, measure
+from mopd_kernels.divergence_chunks import Head, Problem, TopK, chunks, logit_gradient, measure
 from mopd_kernels.divergence_reference import KINDS, Kind
+from mopd_kernels.divergence_rows import Rows
 from mopd_kernels.linear_operands import Operand, check_numbers, linear, shapes_fit, unsupported_reason
 from mopd_kernels.nvfp4.tensor import NVFP4Tensor
 from mopd_kernels.products import product

@@ -12,14 +12,15 @@ A form (divergence_reference.py, divergence_triton.py) is a module with five fun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mopd_kernels.divergence_reference import Kind, merge, terms
+from mopd_kernels.divergence_rows import Rows
 from mopd_kernels.linear_operands import Operand, rows_of
 from mopd_kernels.vocabulary import VocabularyShard
 
@@ -40,30 +41,6 @@ class TopK(NamedTuple):
 
     ids: Tensor  # int64 [T, k], global token numbers
     logprobs: Tensor  # fp32 [T, k], normalised over the full vocabulary at the temperature of the call
-
-
-class Rows(NamedTuple):
-    """What is found of some rows; ``[n]`` each."""
-
-    value: Tensor
-    student_lse: Tensor
-    teacher_lse: Tensor | None  # None: a TopK, normalised already
-    slope: Tensor  # sum over the support of the summand's derivative with respect to log p
-    overlap: Tensor | None
-    teacher_mass: Tensor | None
-    student_mass: Tensor | None
-    shared_teacher_mass: Tensor | None
-    shared_student_mass: Tensor | None
-    student_top_mass: Tensor | None
-
-    @staticmethod
-    def cat(chunks: Sequence[Rows]) -> Rows:
-        whole: Any = (None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True))
-        return Rows(*whole)
-
-    def select(self, rows: slice) -> Rows:
-        chosen: Any = (None if t is None else t[rows] for t in self)
-        return Rows(*chosen)
 
 
 class Problem(NamedTuple):

@@ -6,17 +6,15 @@ Runs on any device and dtype; fp64 hidden states give fp64. This is also where t
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from mopd_kernels.divergence_rows import Rows
 from mopd_kernels.linear_operands import Operand, packed_product
 from mopd_kernels.products import product
-
-if TYPE_CHECKING:
-    from mopd_kernels.divergence_chunks import Rows
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
 KINDS: tuple[str, ...] = get_args(Kind)

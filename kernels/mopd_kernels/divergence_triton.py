@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mopd_kernels import divergence_kernels as kernels
-from mopd_kernels.divergence_chunks import Rows
 from mopd_kernels.divergence_reference import KINDS, Kind, merge
+from mopd_kernels.divergence_rows import Rows
 from mopd_kernels.linear_operands import Operand
 from mopd_kernels.linear_tiles import packed_logits
 from mopd_kernels.products import product

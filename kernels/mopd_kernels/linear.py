@@ -26,7 +26,8 @@ from mopd_kernels import reference
 from mopd_kernels.autograd_phase import Phase, current_phase
 from mopd_kernels.dispatch import Impl, choose, untraced
 from mopd_kernels.linear_operands import Operand, check_numbers, refuse_gradient, shapes_fit, unsupported_reason
-from mopd_kernels.nvfp4.operators import Format, check_matrix
+from mopd_kernels.nvfp4.format import Format
+from mopd_kernels.nvfp4.operators import check_matrix
 from mopd_kernels.nvfp4.tensor import NVFP4Tensor
 from mopd_kernels.objective import METRICS, Objective, Surrogate, Tokens
 from mopd_kernels.vocabulary import Statistics, VocabularyShard, join

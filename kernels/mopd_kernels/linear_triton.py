@@ -36,7 +36,7 @@ from mopd_kernels.linear_tiles import (
     scale_rows,
     target_logits,
 )
-from mopd_kernels.nvfp4.operators import Format
+from mopd_kernels.nvfp4.format import Format
 from mopd_kernels.nvfp4.tensor import NVFP4Tensor
 from mopd_kernels.nvfp4.triton_ops import Operand as Quantized
 from mopd_kernels.nvfp4.triton_ops import Target, quantize

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mopd_kernels.linear_operands import Operand, blocks, multiplier_of
-from mopd_kernels.nvfp4.operators import Format
+from mopd_kernels.nvfp4.format import Format
 from mopd_kernels.nvfp4.reference import quantize
 from mopd_kernels.nvfp4.tensor import NVFP4Tensor
 from mopd_kernels.objective import METRICS, Surrogate, Tokens, surrogate

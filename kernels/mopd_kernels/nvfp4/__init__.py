@@ -4,9 +4,9 @@
 five ecosystems side by side.
 """
 
+from mopd_kernels.nvfp4.format import Format
 from mopd_kernels.nvfp4.hadamard import TE_SIGNS
 from mopd_kernels.nvfp4.operators import (
-    Format,
     dequantize,
     global_amax,
     quantize,

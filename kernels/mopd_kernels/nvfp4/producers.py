@@ -12,8 +12,9 @@ from torch.nn.functional import pad
 
 from mopd_kernels.dispatch import Impl
 from mopd_kernels.nvfp4 import reference
+from mopd_kernels.nvfp4.format import DEFAULT, Format
 from mopd_kernels.nvfp4.grids import BLOCK, constant
-from mopd_kernels.nvfp4.operators import DEFAULT, Format, check_matrix, form
+from mopd_kernels.nvfp4.operators import check_matrix, form
 from mopd_kernels.nvfp4.tensor import NVFP4Tensor
 
 LONGEST = 32768

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,14 +10,12 @@ from torch.nn.functional import pad
 
 from mopd_kernels.nvfp4 import hadamard
 from mopd_kernels.nvfp4 import numerics as modes
+from mopd_kernels.nvfp4.format import Format
 from mopd_kernels.nvfp4.four_over_six import block_error, square_error
 from mopd_kernels.nvfp4.grids import BLOCK, e2m1_values, pack, to_e2m1
 from mopd_kernels.nvfp4.numerics import Numerics
 from mopd_kernels.nvfp4.rounding import random_bytes, stochastic_e2m1
 from mopd_kernels.nvfp4.tensor import NVFP4Tensor, chunks, padded, swizzle
-
-if TYPE_CHECKING:
-    from mopd_kernels.nvfp4.operators import Format
 
 
 def quantize(x: Tensor, format: Format, amax: Tensor | None = None) -> NVFP4Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -14,12 +14,10 @@ from mopd_kernels.device import device_properties
 from mopd_kernels.nvfp4 import numerics as modes
 from mopd_kernels.nvfp4 import triton_kernels as kernels
 from mopd_kernels.nvfp4 import triton_norm as norm
+from mopd_kernels.nvfp4.format import Format
 from mopd_kernels.nvfp4.grids import BLOCK
 from mopd_kernels.nvfp4.tensor import NVFP4Tensor, padded, scale_shape
 from mopd_kernels.nvfp4.triton_numerics import Kind
-
-if TYPE_CHECKING:
-    from mopd_kernels.nvfp4.operators import Format
 
 A, B, WARPS = 128, 4, 4
 """A tile is one of swizzled scales; its 64 elements a thread are 128 bytes in flight in bf16."""
