@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def atomically(path: Path, fill: Callable[[Path], Any], what: str = "it") -> Pat
     system refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # of its own, should another write it too
-    try:
+    with writing(path, what):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             fill(temporary)
@@ -50,6 +51,13 @@ def atomically(path: Path, fill: Callable[[Path], Any], what: str = "it") -> Pat
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def writing(path: Path, what: str) -> Iterator[None]:
+    """Where the system refuses what the block does, :class:`WriteError` on ``path``, whose content is ``what``."""
+    try:
+        yield
     except OSError as error:
         raise WriteError(path, what, error) from error
-    return path

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 import torch.distributed as dist
 
-from megatron_mopd.files import WriteError, atomically
+from megatron_mopd.files import WriteError, atomically, writing
 from megatron_mopd.records import Rollout, ScoredRollout
 from megatron_mopd.token_sums import SEQUENCE_SOURCES, TokenSums
 
@@ -53,12 +53,10 @@ class MetricsWriter:
         if not enabled:
             return
         _drop_beyond(self.path, resume_step)
-        try:
+        with writing(self.path, "the rows of this run"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
             self._events = _tensorboard(self.path.parent / "tensorboard", resume_step)
-        except OSError as error:
-            raise WriteError(self.path, "the rows of this run", error) from None
         self._wandb = _wandb(run_id or self.path.parent.resolve().name, self.path.parent)
         sinks = ["TensorBoard" if self._events else "", "W&B" if self._wandb else ""]
         log.info("metrics go to %s", ", ".join([str(self.path), *filter(None, sinks)]))

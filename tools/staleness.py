@@ -185,8 +185,8 @@ def weights_of(recipe: Recipe, options: argparse.Namespace) -> dict[str, str]:
     stage = recipe.stage(options.stage, "--stage")
     if outside := sorted(set(teachers_of(recipe, stage)) - stage.teachers.keys()):
         raise ConfigurationError(
-            f"--stage {stage.name}: {', '.join(outside)} came as checkpoints (settings.teachers), and what is held"
-            " against these numbers later are stages; name a stage whose teachers are all stages of the recipe"
+            f"--stage {stage.name}: {', '.join(outside)} came as checkpoints (settings.teachers), and recovery is"
+            " measured here against the results of stages; name a stage whose teachers are all stages of the recipe"
         )
     start = [] if stage.initial is None else [starts_from(recipe, stage.initial)]
     return ablations.weights_of(recipe, [*start, *stage.teachers])

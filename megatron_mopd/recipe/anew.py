@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_mopd import display
 from megatron_mopd.config import ConfigurationError
-from megatron_mopd.files import WriteError
+from megatron_mopd.files import writing
 from megatron_mopd.recipe import ablations
 from megatron_mopd.recipe.schema import SET_ASIDE, Recipe
 
@@ -47,7 +47,7 @@ def set_aside(recipe: Recipe, name: str) -> list[tuple[Path, Path]]:
     if not there:
         return []
     root = recipe.dir / SET_ASIDE
-    with alone(recipe.dir), _written(root, "what is set aside"):
+    with alone(recipe.dir), writing(root, "what is set aside"):
         root.mkdir(exist_ok=True)
         taken = [int(path.name) for path in root.iterdir() if path.name.isdecimal()]
         place = root / str(max(taken, default=0) + 1)
@@ -75,26 +75,17 @@ def alone(directory: Path) -> Iterator[int]:
     it, and :class:`files.WriteError` for a directory (the recipe's setting ``dir``) that cannot be written. A file
     system without locks is said and used as it is.
     """
-    with _written(directory / LOCK, "the lock of the recipe's dir"):
+    with writing(directory / LOCK, "the lock of the recipe's dir"):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with _written(directory / LOCK, "the lock of the recipe's dir"):
+        with writing(directory / LOCK, "the lock of the recipe's dir"):
             _lock(descriptor, directory)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _written(path: Path, what: str) -> Iterator[None]:
-    """Where the system refuses what the block does, :class:`files.WriteError` instead."""
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(path, what, error) from error
 
 
 def _lock(descriptor: int, directory: Path) -> None:
